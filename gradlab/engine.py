@@ -1,0 +1,196 @@
+"""Many rules on one tape: `estimates`, `gradients`, `compare`, `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gradlab import plan
+from gradlab.checks import check
+from gradlab.losses import Batch, Loss, spike_count_accuracy
+from gradlab.network import Network, Params, is_hashable
+from gradlab.rules.base import Estimate, Rule, Shapes
+from gradlab.rules.bptt import BPTT
+from gradlab.tape import Tape, jacobians, record
+
+if TYPE_CHECKING:
+    from gradlab.comparison import Comparison
+
+
+def estimates(
+    net: Network,
+    params: Params,
+    batch: Batch,
+    loss: Loss,
+    rules: Sequence[Rule],
+    key: Array,
+    states: dict[str, Any] | None = None,
+) -> dict[str, Estimate]:
+    """Every rule's estimate on one forward pass of the same network, parameters and batch.
+
+    Args:
+        net, params: the network and its parameters.
+        batch: inputs [time, batch, features...], targets, and perhaps a mask.
+        loss: `gl.PerStep(...)` or `gl.Accumulated(...)`.
+        rules: the rules, in the order of the answer; names must differ.
+        key: for stochastic rules; each draws from the key and its own position.
+        states: rule name -> state of a run; a rule without one begins with its `init`.
+
+    Returns:
+        {rule name: Estimate}; each gradient is a pytree like `params`. Works inside `jax.jit`.
+
+    Raises:
+        ValueError: inputs, targets or mask that do not fit, NaN in data or parameters (when values are known), two
+            rules of one name, a state of no rule, or a rule that does not support the network or the loss, in its own
+            words.
+    """
+    params, batch = check(net, params, batch, loss)
+    names = rule_names(rules)
+    if unknown := sorted(set(states or {}) - set(names)):
+        raise ValueError(f"states are given for {unknown}, but the rules are {names}")
+    shapes = shapes_of(net, params, batch, loss)
+    for rule in rules:
+        reason = rule.supports(net, shapes, loss)
+        if reason is not None:
+            raise ValueError(reason)
+    held = tuple(
+        (states or {}).get(name, rule.init(net, params, shapes)) for name, rule in zip(names, rules, strict=True)
+    )
+    found = _compiled(net, loss, tuple(rules))(params, batch, held, key)
+    return dict(zip(names, found, strict=True))
+
+
+def gradients(
+    net: Network, params: Params, batch: Batch, loss: Loss, rules: Sequence[Rule], key: Array
+) -> dict[str, Params]:
+    """The rules' gradients, {name: pytree like params} in the order given; arguments and errors as `estimates`."""
+    return {name: estimate.grad for name, estimate in estimates(net, params, batch, loss, rules, key).items()}
+
+
+def compare(
+    net: Network,
+    params: Params,
+    batch: Batch,
+    loss: Loss,
+    rules: Sequence[Rule],
+    key: Array,
+    reference: Rule | None = None,
+    skip_unsupported: bool = False,
+) -> Comparison:
+    """Compare rules with a reference (BPTT by default) on one tape: metrics, Gram matrices and the network's health.
+
+    Args:
+        net, params, batch, loss, rules, key: as `estimates`.
+        reference: the rule that the others are measured against; it may also stand in `rules`.
+        skip_unsupported: record a rule's refusal in `Comparison.refusals` where False raises it.
+    """
+    from gradlab.comparison import Comparison
+
+    reference = BPTT() if reference is None else reference
+    chosen = [reference, *(rule for rule in rules if rule != reference)]
+    rule_names(chosen)
+    params, batch = check(net, params, batch, loss)
+    refusals: dict[str, str] = {}
+    if skip_unsupported:
+        shapes = shapes_of(net, params, batch, loss)
+        reasons = {rule.name: rule.supports(net, shapes, loss) for rule in chosen[1:]}
+        refusals = {name: reason for name, reason in reasons.items() if reason is not None}
+        chosen = [rule for rule in chosen if rule.name not in refusals]
+    found = gradients(net, params, batch, loss, chosen, key)
+    # Rule by rule: a pytree map over the dict would sort its names and put another rule in the reference's place.
+    host = {name: jax.device_get(gradient) for name, gradient in found.items()}
+    return Comparison.build(net, host, evaluate(net, params, batch, loss), refusals)
+
+
+def evaluate(net: Network, params: Params, batch: Batch, loss: Loss) -> dict[str, Any]:
+    """Loss, accuracy and the network's health on a batch, as Python numbers.
+
+    Returns a dict with "loss"; "accuracy", "silent_outputs", "classes_never_predicted" and "undecided" where the
+    targets are
+    classes (`spike_count_accuracy`); and per layer, {layer: value}: "firing_rate" (mean output per step, spiking
+    layers),
+    "silent_units" and "saturated_units" (shares of units that fire in no step, or in every step, of the batch) and
+    "slope"
+    (mean surrogate slope D_t).
+    """
+    params, batch = check(net, params, batch, loss)
+    found = jax.device_get(_evaluation(net, loss)(params, batch))
+    return jax.tree.map(lambda leaf: leaf.item() if hasattr(leaf, "item") else leaf, found)
+
+
+def rule_names(rules: Sequence[Rule]) -> list[str]:
+    """The rules' names; two of the same name are refused, because one result would hide the other."""
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"{rule!r} is not a rule: give instances, gl.rules.OSTL()")
+    names = [rule.name for rule in rules]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"two rules are named {name!r}: their hyper-parameters are the same, or their classes share a name"
+            )
+    return names
+
+
+def shapes_of(net: Network, params: Params, batch: Batch, loss: Loss) -> Shapes:
+    """The shapes of one run, without running it."""
+    tape = jax.eval_shape(partial(record, net, loss=loss), params, batch)
+    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tape.slices)
+    abstract = jax.eval_shape(lambda p: p, params)
+    return Shapes(batch.inputs.shape[0], abstract, first)
+
+
+def _run_rules(
+    net: Network, loss: Loss, rules: tuple[Rule, ...], params: Params, batch: Batch, states: Any, key: Array
+) -> tuple[Estimate, ...]:
+    tape: Tape = record(net, params, batch, loss)
+    return tuple(
+        rule.gradient(net, params, tape, state, jax.random.fold_in(key, position))
+        for position, (rule, state) in enumerate(zip(rules, states, strict=True))
+    )
+
+
+_jitted_rules = jax.jit(_run_rules, static_argnums=(0, 1, 2))
+
+
+def _evaluate(net: Network, loss: Loss, params: Params, batch: Batch) -> dict[str, Any]:
+    _, layers = plan.run(net, params, batch.inputs)
+    output = layers[-1].output
+    found: dict[str, Any] = {"loss": loss(output, batch)}
+    per_step = bool(getattr(loss, "targets_per_step", False))
+    classes = batch.targets.shape[1:] in ((), output.shape[2:])
+    if classes and not per_step and output.ndim == 3:
+        found |= spike_count_accuracy(output, batch.targets, batch.mask)._asdict()
+    health: dict[str, dict[str, Array]] = {"firing_rate": {}, "silent_units": {}, "saturated_units": {}, "slope": {}}
+    for index, (name, layer) in enumerate(zip(net.layer_names, layers, strict=True)):
+        if getattr(net.neurons[index], "spiking", False):
+            health["firing_rate"][name] = layer.output.mean()
+            health["silent_units"][name] = jnp.mean(~jnp.any(layer.output != 0, axis=(0, 1)))
+            health["saturated_units"][name] = jnp.mean(jnp.all(layer.output != 0, axis=(0, 1)))
+            health["slope"][name] = jacobians(net, params, index, layer).D.mean()
+    return found | health
+
+
+_jitted_evaluate = jax.jit(_evaluate, static_argnums=(0, 1))
+
+
+def _compiled(net: Network, loss: Loss, rules: tuple[Rule, ...]) -> Any:
+    """A compiled function: cached while the network, loss and rules are hashable, closed over them otherwise."""
+    if is_hashable(net, loss, rules):
+        return partial(_jitted_rules, net, loss, rules)
+    return jax.jit(partial(_run_rules, net, loss, rules))
+
+
+def _evaluation(net: Network, loss: Loss) -> Any:
+    return partial(_jitted_evaluate, net, loss) if is_hashable(net, loss) else jax.jit(partial(_evaluate, net, loss))
+
+
+def as_numpy(tree: Any) -> Any:
+    """The same pytree with NumPy leaves."""
+    return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,197 @@
+"""Flax modules as a network uses them: called on folded axes, initialised, and refused where they cannot be used.
+
+Together with `network.py` this is the only place that calls Flax's `init` and `apply`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gradlab.neurons import Neuron
+
+INPUT = -1
+"""The source index of the network's input."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """An arrow into a layer. `connection` None means a bias-free Dense of the target's width.
+
+    delay 0: the source's output of the same step; delay 1: of the step before.
+    """
+
+    source: int
+    target: int
+    connection: Any
+    delay: int
+    name: str
+
+
+def function_of(link: Link, own: Any) -> Callable[[Any, Array], Array]:
+    """The link's current as a pure function (parameters, x) -> current; `own` are its parameters, for their shapes."""
+    module = link.connection
+    if module is None:
+        module = nn.Dense(own["kernel"].shape[-1], use_bias=False)
+    return lambda p, x: module.apply({"params": p}, x)
+
+
+def apply_folded(function: Callable[[Array], Array], x: Array, lead: int) -> Array:
+    """Apply a function of [batch, features...] to x whose `lead` leading axes together play the batch."""
+    y = function(x.reshape(-1, *x.shape[lead:]))
+    return y.reshape(*x.shape[:lead], *y.shape[1:])
+
+
+def rest(neuron: Any, current: Array) -> Any:
+    """The state of a neuron or of a Flax cell before the first step."""
+    if isinstance(neuron, Neuron):
+        return neuron.initialize_carry(None, current.shape, current.dtype)
+    carry = neuron.initialize_carry(jax.random.key(0), current.shape)
+    return jax.tree.map(lambda leaf: leaf.astype(current.dtype), carry)
+
+
+def init_chain(link: Link, key: Array, outputs: dict[int, Array], own: dict[str, Any]) -> Array:
+    """Initialise the chain's connection into a layer; returns the layer's current."""
+    x = outputs[link.source]
+    own["connection"] = _init_connection(link.connection, jax.random.fold_in(key, 0), x, link)
+    return _applied(link, own["connection"], x)
+
+
+def init_extra(link: Link, key: Array, outputs: dict[int, Array], own: dict[str, Any]) -> None:
+    """Initialise an extra link; raises ValueError when what it delivers does not fit the layer."""
+    x, target = outputs[link.source], outputs[link.target]
+    module = nn.Dense(target.shape[-1], use_bias=False) if link.connection is None else link.connection
+    where = f"the link from layer {link.source} to layer {link.target}"
+    if link.connection is None and max(x.ndim, target.ndim) > 2:
+        raise ValueError(
+            f"{where} joins layers of shape {x.shape[1:]} and {target.shape[1:]}: "
+            f"give its connection, links={{{link.target}: {{{link.source}: nn.Conv(...)}}}}"
+        )
+    own[link.name] = _init_connection(module, jax.random.fold_in(key, 1 + link.source), x, link)
+    shape = _applied(link, own[link.name], x).shape
+    if shape != target.shape:
+        raise ValueError(
+            f"{where} delivers {shape[1:]} per sample, but the layer has {target.shape[1:]} units: "
+            "give the link a connection of that shape"
+        )
+
+
+def init_neuron(neuron: Any, key: Array, current: Array) -> tuple[Array, Any]:
+    """A layer's output at rest, and the parameters of its neuron."""
+    for name in ("beta", "alpha", "threshold", "adaptation_decay"):
+        constant = getattr(neuron, name, None)
+        if isinstance(constant, tuple) and len(constant) != current.shape[-1]:
+            raise ValueError(f"{describe(neuron)}: {name} has {len(constant)} values for {current.shape[-1]} units")
+    carry = rest(neuron, current)
+    variables = neuron.init(jax.random.fold_in(key, 10_000), carry, current)
+    return neuron.apply(variables, carry, current)[1], variables.get("params", {})
+
+
+def _where(link: Link) -> str:
+    return f"the connection {describe(link.connection)} into layer {link.target}"
+
+
+def _init_connection(module: Any, key: Array, x: Array, link: Link) -> Any:
+    try:
+        variables = module.init(key, x)
+    except Exception as error:
+        shape = x.shape[1:]
+        raise ValueError(f"{_where(link)} does not fit its input of shape {shape} per sample: {error}") from error
+    if other := sorted(set(variables) - {"params"}):
+        raise ValueError(
+            f"{_where(link)} keeps variables in {other}: a connection may hold parameters only and treat each sample by "
+            "itself (normalisation over the batch would differ between chunks; use nn.LayerNorm or nn.GroupNorm)"
+        )
+    return variables.get("params", {})
+
+
+def _applied(link: Link, own: Any, x: Array) -> Array:
+    """The link's current, or a ValueError that says why there is none."""
+    try:
+        current = function_of(link, own)(own, x)
+    except Exception as error:
+        if "rng" in str(error).lower():
+            raise ValueError(
+                f"{_where(link)} needs randomness in each call, but connections are deterministic: leave it out, or "
+                "set deterministic=True"
+            ) from error
+        raise ValueError(f"{_where(link)} cannot be applied to {x.shape}: {error}") from error
+    if current.shape[:1] != x.shape[:1]:
+        raise ValueError(f"{_where(link)} does not keep the batch axis: it turns {x.shape} into {current.shape}")
+    return current
+
+
+def refuse_mixing(link: Link, own: Any, key: Array, like: Array) -> None:
+    """Refuse a connection whose answer for a sample depends on other samples; `like` has the shape of two samples."""
+    if link.connection is None or type(link.connection) is nn.Dense:
+        return
+
+    def differences(own: Any, probe: Array) -> tuple[Array, Array]:
+        together = _applied(link, own, probe)
+        alone, beside = _applied(link, own, probe[:1]), _applied(link, own, probe.at[1].multiply(-3.0))
+        size = jnp.max(jnp.abs(together))
+        return jnp.max(jnp.abs(together[0] - alone[0])) / size, jnp.max(jnp.abs(together[0] - beside[0])) / size
+
+    fewer, other = jax.jit(differences)(own, jax.random.normal(key, like.shape, like.dtype))
+    # Another batch size may take another matrix product with other rounding, another neighbour may not.
+    if fewer > 2e-2 or other > 1e-3:
+        raise ValueError(f"{_where(link)} mixes the samples of a batch: chunked, batched and stepped runs would differ")
+
+
+def freeze(value: Any) -> Any:
+    """A module with tuples in the place of lists, so that it can be hashed and compiled once."""
+    if isinstance(value, list | tuple):
+        items = [freeze(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if not isinstance(value, nn.Module):
+        return value
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in ("parent", "name")}
+    changed = {name: freeze(held) for name, held in fields.items()}
+    changed = {name: held for name, held in changed.items() if held is not fields[name] and held != fields[name]}
+    return value.clone(**changed) if changed else value
+
+
+def refuse_part(item: Any, position: int) -> None:
+    """Raise TypeError for what is neither a Linen module nor a plain function."""
+    where = f"item {position} of the network is "
+    if isinstance(item, type):
+        raise TypeError(f"{where}the class {item.__name__}: give an instance, {item.__name__}(...)")
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(item, nnx.Module):
+        raise TypeError(
+            f"{where}an NNX module, whose parameters a network cannot see: give nnx.bridge.ToLinen(nnx.Linear, ...)"
+        )
+    if not callable(item):
+        raise TypeError(f"{where}{item!r}: give Flax Linen modules, functions and neurons")
+
+
+def describe(module: Any) -> str:
+    """A module in one line, with the fields that differ from their defaults."""
+    if module is None:
+        return "Dense(use_bias=False)"
+    if isinstance(module, nn.Module):
+        defaults = {f.name: f.default for f in dataclasses.fields(module) if f.name not in ("parent", "name")}
+        fields = {name: getattr(module, name) for name in defaults}
+        shown = ", ".join(f"{k}={_show(v)}" for k, v in fields.items() if not _same(v, defaults[k]))
+        return f"{type(module).__name__}({shown})"
+    return getattr(module, "__name__", repr(module))
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(_show(item) for item in value)})"
+    return describe(value) if isinstance(value, nn.Module) or callable(value) else repr(value)
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except Exception:
+        return False

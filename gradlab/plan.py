@@ -1,0 +1,152 @@
+"""The execution plan: chunks of time steps, time-batched between cycles, step by step inside.
+
+A chunk of 10 to 25 steps goes through the network layer by layer: one matrix product over chunk x batch for a layer's
+current, then the elementwise neuron steps, the state carried to the next chunk, so that a chunk's currents stay in the
+processor's cache. Layers that form a cycle (a recurrent or feedback link) run step by step inside the chunk. The
+backward sweep of every adjoint rule has the same shape in reverse. The user never chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gradlab.network import INPUT, Network, NetworkState, Params
+
+
+class LayerRecord(NamedTuple):
+    """What one layer did, time-major: state h_{t-1} before the step, current I_t, output s_t."""
+
+    state: Any
+    current: Array
+    output: Array
+
+
+def blocks(net: Network) -> tuple[tuple[int, ...], ...]:
+    """The layers in order, grouped so that every cycle lies inside one group.
+
+    A delayed link from layer j back to layer i closes a cycle through all of i..j, because the chain leads from i to j;
+    so the strongly connected components are intervals.
+    """
+    groups: list[list[int]] = []
+    reach = -1
+    for layer in range(len(net.neurons)):
+        if layer <= reach:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+        reach = max([reach, *(k.source for k in net.links if k.delay and k.target <= layer)])
+    return tuple(tuple(group) for group in groups)
+
+
+def is_cyclic(net: Network, block: tuple[int, ...]) -> bool:
+    return any(link.delay for layer in block for link in net.links_into(layer))
+
+
+def chunk_size(n_steps: int) -> int:
+    """25 or fewer steps: one chunk. More: the largest divisor from 10 to 25, or 20 with a shorter last chunk."""
+    if n_steps <= 25:
+        return max(n_steps, 1)
+    return next((size for size in range(25, 9, -1) if n_steps % size == 0), 20)
+
+
+def scan_chunks(
+    function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, size: int, reverse: bool = False
+) -> tuple[Any, Any]:
+    """`lax.scan` over chunks of `size` steps: function(carry, chunk of xs) -> (carry, ys of the chunk)."""
+    n_steps = jax.tree.leaves(xs)[0].shape[0]
+    whole = n_steps // size * size
+    tail = jax.tree.map(lambda x: x[whole:], xs)
+    has_tail = whole < n_steps
+    if n_steps == size:
+        return function(carry, xs)
+    head = jax.tree.map(lambda x: x[:whole].reshape(whole // size, size, *x.shape[1:]), xs)
+    if has_tail and reverse:
+        carry, tail_ys = function(carry, tail)
+    carry, ys = jax.lax.scan(function, carry, head, reverse=reverse)
+    ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
+    if has_tail and not reverse:
+        carry, tail_ys = function(carry, tail)
+    if has_tail:
+        ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, tail_ys)
+    return carry, ys
+
+
+def run(
+    net: Network, params: Params, inputs: Array, state: NetworkState | None = None
+) -> tuple[NetworkState, tuple[LayerRecord, ...]]:
+    """Run the network on inputs [time, batch, features...]; the last state and every layer's record over all steps."""
+    state = net.initial_state(params, inputs) if state is None else state
+
+    def chunk(carry: NetworkState, x: Array) -> tuple[NetworkState, tuple[LayerRecord, ...]]:
+        return _run_chunk(net, params, carry, x)
+
+    return scan_chunks(chunk, state, inputs, chunk_size(inputs.shape[0]))
+
+
+def outputs(net: Network, params: Params, inputs: Array) -> Array:
+    """The output layer's sequence [time, batch, units...]."""
+    return run(net, params, inputs)[1][-1].output
+
+
+def _run_chunk(
+    net: Network, params: Params, state: NetworkState, x: Array
+) -> tuple[NetworkState, tuple[LayerRecord, ...]]:
+    produced: dict[int, Array] = {INPUT: x}
+    states, last = list(state.states), list(state.outputs)
+    records: list[LayerRecord] = []
+    for block in blocks(net):
+        run_block = _run_cycle if is_cyclic(net, block) else _run_layer
+        for layer, end, record in run_block(net, params, block, states, last, produced):
+            states[layer], produced[layer] = end, record.output
+            last[layer] = record.output[-1] if net.delays(layer) else None
+            records.append(record)
+    return NetworkState(tuple(states), tuple(last)), tuple(records)
+
+
+def _run_layer(net, params, block, states, last, produced):
+    """A layer without delayed links: one time-batched product, then the neuron's steps."""
+    (layer,) = block
+    current = sum_currents(net, params, net.links_into(layer), produced, lead=2)
+
+    def step(h, i):
+        following, s = net.neuron_step(params, layer, h, i)
+        return following, (h, s)
+
+    end, (before, s) = jax.lax.scan(step, states[layer], current)
+    return [(layer, end, LayerRecord(before, current, s))]
+
+
+def _run_cycle(net, params, block, states, last, produced):
+    """Layers in a cycle: what comes from outside is time-batched, the rest runs step by step."""
+    inside = {layer: [k for k in net.links_into(layer) if k.source in block] for layer in block}
+    outside = {layer: [k for k in net.links_into(layer) if k.source not in block] for layer in block}
+    external = {k: sum_currents(net, params, links, produced, lead=2) for k, links in outside.items() if links}
+
+    def step(carry, external_now):
+        before, previous = carry
+        now, after, records = dict(previous), {}, {}
+        for layer in block:
+            terms = [external_now[layer]] if layer in external_now else []
+            for link in inside[layer]:
+                source = previous[link.source] if link.delay else now[link.source]
+                terms.append(net.current(params, link, source, lead=1))
+            current = sum(terms[1:], terms[0])
+            after[layer], now[layer] = net.neuron_step(params, layer, before[layer], current)
+            records[layer] = LayerRecord(before[layer], current, now[layer])
+        # Only outputs that a delayed link reads are carried.
+        return (after, {layer: now[layer] for layer in previous}), records
+
+    start = ({k: states[k] for k in block}, {k: last[k] for k in block if net.delays(k)})
+    (end, _), records = jax.lax.scan(step, start, external)
+    return [(layer, end[layer], records[layer]) for layer in block]
+
+
+def sum_currents(net: Network, params: Params, links: Any, produced: dict[int, Array], lead: int) -> Array:
+    """The summed current of several links from outputs of the same step."""
+    terms = [net.current(params, link, produced[link.source], lead) for link in links]
+    return sum(terms[1:], terms[0])

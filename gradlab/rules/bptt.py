@@ -1,0 +1,188 @@
+"""Backpropagation through time, whole and truncated: the reference that every other rule is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gradlab import plan
+from gradlab.network import Network, Params
+from gradlab.neurons import Neuron
+from gradlab.rules.adjoint import add_neuron, add_weights
+from gradlab.rules.base import Estimate, Rule
+from gradlab.tape import Slices, Tape, jacobians
+
+
+@dataclasses.dataclass(frozen=True)
+class BPTT(Rule):
+    """Backpropagation through time with surrogate slopes: the exact gradient of the surrogate network.
+
+    (1) delta_t = B_t . p_t + D_t L_t,   p_{t-1} = A_t^T p_t + C_t L_t
+    (2) L_t = error_t + sum over same-step links  J^T delta_t of the target + sum over delayed links  J^T delta_{t+1}
+    of the target
+    (3) grad = sum_t (d current_t / d parameters)^T delta_t
+
+    Drops: nothing. Exact when: always (it is the definition of the surrogate gradient).
+    No streaming form: delta_t needs the errors of all later steps.
+    Cost: one product per layer for (2) and one for (3); memory grows with the number of steps.
+
+    Args:
+        form: "tape" computes (1) to (3) from the tape; "autodiff" is `jax.grad` of the whole network. Tests hold them
+            equal.
+    """
+
+    reference: ClassVar[str] = (
+        "Werbos (1990), Proc. IEEE 78(10), doi 10.1109/5.58337; with surrogates: Neftci, Mostafa & Zenke (2019), "
+        "doi 10.1109/MSP.2019.2931595"
+    )
+    form: str = "tape"
+
+    def __post_init__(self):
+        if self.form not in ("tape", "autodiff"):
+            raise ValueError(f'BPTT(form={self.form!r}): choose "tape" or "autodiff"')
+
+    def gradient(self, net: Network, params: Params, tape: Tape, state: Any, key: Array) -> Estimate:
+        if self.form == "autodiff":
+            return Estimate(jax.grad(lambda p: tape.loss(plan.outputs(net, p, tape.batch.inputs), tape.batch))(params))
+        return Estimate(backward(net, params, tape, cut_before=None))
+
+
+@dataclasses.dataclass(frozen=True)
+class TBPTT(Rule):
+    """Truncated backpropagation through time in blocks of k steps: state and delayed outputs are stopped at each
+    block's start.
+
+    (1) as BPTT, with p and the delayed links' errors set to zero across the boundary before step 0, k, 2k, ...
+
+    Drops: every path that crosses a block's boundary. Equals SLTT for k=1.
+    Exact when: k is at least the number of steps.
+    No streaming form: inside a block it runs backwards.
+    Cost: as BPTT, with the memory of one block if the blocks are run one after the other.
+
+    Args:
+        k: steps per block, at least 1.
+    """
+
+    reference: ClassVar[str] = "Williams & Peng (1990), Neural Computation 2(4), doi 10.1162/neco.1990.2.4.490"
+    k: int = 10
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ValueError(f"TBPTT(k={self.k!r}): a block has at least one step")
+
+    def gradient(self, net: Network, params: Params, tape: Tape, state: Any, key: Array) -> Estimate:
+        return Estimate(backward(net, params, tape, cut_before=np.arange(tape.n_steps) % self.k == 0))
+
+
+def backward(net: Network, params: Params, tape: Tape, cut_before: np.ndarray | None) -> Params:
+    """The exact backward sweep over a tape; `cut_before` [time] marks the steps whose past is stopped."""
+    keep = jnp.ones(tape.n_steps, tape.slices.error.dtype)
+    if cut_before is not None:
+        keep = jnp.asarray(~cut_before, tape.slices.error.dtype)
+
+    def chunk(carry: Any, now: Any) -> tuple[Any, None]:
+        grads, held = carry
+        update, held = _chunk(net, params, held, *now)
+        return (jax.tree.map(jnp.add, grads, update), held), None
+
+    first = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), tape.slices)
+    pending = {k: jnp.zeros_like(first.layers[k].output) for k in range(len(net.neurons)) if net.delays(k)}
+    start = (jax.tree.map(jnp.zeros_like, params), (tuple(layer.state for layer in first.layers), pending))
+    size = plan.chunk_size(tape.n_steps)
+    (grads, _), _ = plan.scan_chunks(chunk, start, (tape.slices, keep), size, reverse=True)
+    return grads
+
+
+def _chunk(net: Network, params: Params, held: Any, slices: Slices, keep: Array) -> tuple[Params, Any]:
+    """One chunk backwards; held is (p per layer, error on the last output of the chunk before, per delayed source)."""
+    grads = jax.tree.map(jnp.zeros_like, params)
+    p, pending = list(held[0]), dict(held[1])
+    deltas: dict[int, Array] = {}
+    for block in reversed(plan.blocks(net)):
+        outside = {layer: _signal(net, params, layer, slices, deltas, block) for layer in block}
+        step = _block_step(net, params, block)
+        start = ({k: p[k] for k in block}, {k: pending[k] for k in block if net.delays(k)})
+        rows = (_rows(net, params, block, slices), outside, keep)
+        (end, waiting), found = jax.lax.scan(step, start, rows, reverse=True)
+        pending |= waiting
+        for layer in reversed(block):
+            p[layer] = end[layer]
+            delta, cotangent, signal = found[layer]
+            deltas[layer] = delta
+            add_weights(grads, net, params, layer, slices, delta)
+            add_neuron(grads, net, params, layer, slices, "nothing", cotangent, signal)
+    return grads, (tuple(p), pending)
+
+
+def _signal(
+    net: Network, params: Params, layer: int, slices: Slices, deltas: dict[int, Array], block: tuple[int, ...]
+) -> Array:
+    """The error on a layer's output from the loss and from later blocks, time-batched."""
+    output = slices.layers[layer].output
+    signal = slices.error if layer == net.last else jnp.zeros_like(output)
+    for link in net.links_from(layer):
+        if not link.delay and link.target not in block:
+            signal = signal + net.input_cotangent(params, link, output, deltas[link.target], lead=2)
+    return signal
+
+
+def _rows(net: Network, params: Params, block: tuple[int, ...], slices: Slices) -> Any:
+    """What the block's backward step reads at each time: local Jacobians (or the record, for Flax's own cells) and
+    link inputs.
+    """
+    local = {}
+    for layer in block:
+        elementwise = isinstance(net.neurons[layer], Neuron)
+        local[layer] = jacobians(net, params, layer, slices.layers[layer]) if elementwise else slices.layers[layer]
+    inputs = {
+        (link.source, link.target): slices.link_input(link)
+        for layer in block
+        for link in net.links_into(layer)
+        if link.source in block
+    }
+    return local, inputs
+
+
+def _block_step(net: Network, params: Params, block: tuple[int, ...]) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """One step backwards through the layers of a block."""
+
+    def step(held: Any, row: Any) -> tuple[Any, Any]:
+        p, pending = held
+        (local, inputs), outside, keep = row
+        before: dict[int, Any] = {}
+        found: dict[int, Any] = {}
+        waiting = {k: jnp.zeros_like(v) for k, v in pending.items()}
+        for layer in reversed(block):
+            signal = outside[layer] + pending[layer] if layer in pending else outside[layer]
+            for link in net.links_from(layer):
+                if not link.delay and link.target in block:
+                    x = inputs[(link.source, link.target)]
+                    signal = signal + net.input_cotangent(params, link, x, found[link.target][0], lead=1)
+            before[layer], delta = _neuron_back(net, params, layer, local[layer], p[layer], signal)
+            found[layer] = (delta, p[layer], signal)
+            for link in net.links_into(layer):
+                if link.delay:
+                    x = inputs[(link.source, link.target)]
+                    waiting[link.source] = waiting[link.source] + net.input_cotangent(params, link, x, delta, lead=1)
+        stop = (jax.tree.map(lambda leaf: leaf * keep, before), jax.tree.map(lambda leaf: leaf * keep, waiting))
+        return stop, found
+
+    return step
+
+
+def _neuron_back(net: Network, params: Params, layer: int, local: Any, p: Any, signal: Array) -> tuple[Any, Array]:
+    """(1): the cotangents of h_{t-1} and of the current, from those of h_t and s_t."""
+    if not isinstance(net.neurons[layer], Neuron):
+        _, pull = jax.vjp(lambda h, i: net.neuron_step(params, layer, h, i), local.state, local.current)
+        return pull((p, signal))
+    k = range(len(p))
+    delta = local.D * signal
+    for b, p_i in zip(local.B, p, strict=True):
+        delta = delta + b * p_i
+    return tuple(sum((local.A[i][j] * p[i] for i in k), local.C[j] * signal) for j in k), delta

@@ -1,0 +1,203 @@
+"""The composed family: a local rule is a choice of trace, signal, memory and prediction."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import Array
+
+from gradlab.losses import Loss
+from gradlab.network import INPUT, Network, Params
+from gradlab.neurons import Neuron, Subthreshold
+from gradlab.rules import adjoint, streaming
+from gradlab.rules.base import Estimate, Shapes, StreamingRule
+from gradlab.rules.signals import Memory, Output, Prediction, Signal, SpatialBackprop
+from gradlab.rules.traces import JacobianTrace, Trace
+from gradlab.tape import Slices, Tape
+
+
+@dataclasses.dataclass(frozen=True)
+class ComposedRule(StreamingRule):
+    """A rule that is a point of the space trace x signal x memory x prediction.
+
+    A named point is a subclass with one method, `compose`. Its adjoint form is `gradient`, its streaming form `stream`.
+    """
+
+    def compose(self) -> LocalRule:
+        """The point of the space."""
+        raise NotImplementedError
+
+    def supports(self, net: Network, shapes: Shapes, loss: Loss, online: bool = False) -> str | None:
+        reason = _objection(self.compose(), net, shapes, loss, online)
+        return None if reason is None else self.refuse(reason)
+
+    def init(self, net: Network, params: Params, shapes: Shapes) -> Any:
+        return self.compose().signal.init(net, params, shapes)
+
+    def gradient(self, net: Network, params: Params, tape: Tape, state: Any, key: Array) -> Estimate:
+        return Estimate(adjoint.gradient(self.compose(), net, params, tape, state), state)
+
+    def start(self, net: Network, params: Params, loss: Loss, state: Any, slices: Slices, n_steps: int) -> Any:
+        return streaming.start(self.compose(), net, params, loss, state, slices)
+
+    def step(
+        self, net: Network, params: Params, loss: Loss, trace: Any, state: Any, slices: Slices
+    ) -> tuple[Any, Estimate]:
+        trace, grad = streaming.step(self.compose(), net, params, loss, trace, state, slices)
+        return trace, Estimate(grad, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalRule(ComposedRule):
+    """Any point of the space of local rules.
+
+    Args:
+        trace: temporal credit inside a layer (`NoTrace`, `SubthresholdTrace`, `JacobianTrace`).
+        signal: who tells a hidden layer that it erred (`SpatialBackprop`, `DirectFeedback`).
+        memory: the linear memory of the layer that reads the spikes (None, `NextLayer`, `ReadoutFilter`).
+        prediction: where the loss is put (`Output`, `LeakySum`).
+        output: the rule of the last layer; None: this one without memory and with instantaneous slopes.
+
+    Raises:
+        ValueError: a leaky mean without the memory that defines it.
+    """
+
+    trace: Trace = JacobianTrace()
+    signal: Signal = SpatialBackprop()
+    memory: Memory | None = None
+    prediction: Prediction = Output()
+    output: LocalRule | None = None
+
+    def __post_init__(self):
+        if self.uses_mean and self.memory is None:
+            raise ValueError(
+                f'{type(self).__name__}: slope="leaky_mean" is a mean under a memory\'s kernel: give memory=NextLayer()'
+            )
+
+    def compose(self) -> LocalRule:
+        return self
+
+    @property
+    def uses_mean(self) -> bool:
+        return "leaky_mean" in (self.trace.slope, self.signal.slope)
+
+    def needs_mean(self, net: Network, layer: int) -> bool:
+        """True when the slope's leaky mean is used: by the trace, or by an error that is handed down to another
+        layer.
+        """
+        below = any(link.source != INPUT and not link.delay for link in net.links_into(layer))
+        return self.trace.slope == "leaky_mean" or (self.signal.slope == "leaky_mean" and below)
+
+    def at(self, net: Network, layer: int) -> LocalRule:
+        """The rule of one layer: the last layer has its own."""
+        if layer != net.last:
+            return self
+        if self.output is not None:
+            return self.output
+        trace = dataclasses.replace(self.trace, slope="instant") if self.trace.slope != "instant" else self.trace  # type: ignore[call-arg]
+        return LocalRule(trace)
+
+    def memory_filter(self, net: Network, params: Params, layer: int, target: int | None = None) -> Subthreshold | None:
+        """The memory's kernel for the term from `target` (the only target of the layer if None)."""
+        if self.memory is None:
+            return None
+        if target is None:
+            target = layer if layer == net.last else self.signal.targets(net, layer)[0]
+        return self.memory.filter(net, params, target, _dtype(params))
+
+    def own_filter(self, net: Network, params: Params, layer: int) -> Subthreshold | None:
+        """The layer's own sub-threshold constants, where the trace uses them."""
+        if not self.trace.needs_subthreshold:
+            return None
+        return net.neurons[layer].subthreshold(params[f"layer_{layer}"].get("neuron", {}), _dtype(params))
+
+
+def _dtype(params: Params) -> Any:
+    return jax.tree.leaves(params)[0].dtype
+
+
+def _objection(rule: LocalRule, net: Network, shapes: Shapes, loss: Loss, online: bool) -> str | None:
+    """Why the rule cannot treat this network and loss, or None."""
+    reason = rule.signal.supports(net)
+    if reason is not None:
+        return reason
+    if not isinstance(rule.prediction, Output) and not loss.streams:
+        return f"it puts the loss on a filtered output, and {type(loss).__name__} is no sum over steps: use gl.PerStep"
+    if online and not loss.streams:
+        return (
+            f"{type(loss).__name__} is known only at the end of the sequence: use gl.PerStep, or update once "
+            f"per sequence"
+        )
+    for layer in range(len(net.neurons)):
+        reason = _layer_objection(rule.at(net, layer), net, shapes, layer)
+        if reason is not None:
+            return reason
+    if not isinstance(rule.prediction, Output):
+        reason = _one_state(rule.prediction, net, shapes)
+    if reason is None and online:
+        reason = streaming.objection(rule, net, shapes, loss)
+    return reason
+
+
+def _layer_objection(local: LocalRule, net: Network, shapes: Shapes, layer: int) -> str | None:
+    neuron, name = net.neurons[layer], f"layer_{layer}"
+    kind = type(neuron).__name__
+    if not isinstance(neuron, Neuron):
+        return (
+            f"{name} is a {kind}, whose units see each other inside one step; local rules need an "
+            f"elementwise neuron: use BPTT"
+        )
+    try:
+        neuron.cut(local.trace.cut)
+    except NotImplementedError as error:
+        return f"{name}: {error}"
+    if local.trace.needs_subthreshold:
+        if _constants(net, shapes, layer) is None:
+            return (
+                f"{name} is a {kind}, which declares no constants below threshold: use a rule with "
+                f"JacobianTrace, such as OSTL"
+            )
+        if "neuron" in shapes.params[name]:
+            return (
+                f"{name} trains constants of its neuron, for which this trace is not defined: use OSTL, or trainable=()"
+            )
+    return _memory_objection(local, net, shapes, layer)
+
+
+def _memory_objection(local: LocalRule, net: Network, shapes: Shapes, layer: int) -> str | None:
+    if local.memory is None:
+        return None
+    targets = [layer] if layer == net.last else local.signal.targets(net, layer)
+    kernels = []
+    for target in targets:
+        reader = local.memory.layer(net, target)
+        if not isinstance(net.neurons[reader], Neuron) or _constants(net, shapes, reader) is None:
+            return (
+                f"its memory is that of layer_{reader}, a {type(net.neurons[reader]).__name__} without constants "
+                f"below threshold"
+            )
+        kernels.append(_constants(net, shapes, reader))
+    if local.needs_mean(net, layer) and (len(set(targets)) > 1 or not all(k.shared for k in kernels if k is not None)):
+        return (
+            f"the leaky mean of layer_{layer}'s slope needs one leak in the layer that it feeds, but it "
+            f"feeds layers {targets} "
+            'or one with a leak per unit: use slope="instant" in a LocalRule, or OSTL'
+        )
+    return None
+
+
+def _constants(net: Network, shapes: Shapes, layer: int) -> Subthreshold | None:
+    """The shapes of a layer's sub-threshold constants."""
+    own = shapes.params[f"layer_{layer}"].get("neuron", {})
+    return jax.eval_shape(lambda p: net.neurons[layer].subthreshold(p, shapes.dtype), own)
+
+
+def _one_state(prediction: Prediction, net: Network, shapes: Shapes) -> str | None:
+    own = _constants(net, shapes, net.last)
+    if getattr(prediction, "decay", None) is None and (own is None or len(own.B) != 1):
+        return (
+            "the leaky sum takes its leak from the output neuron, which must have one state: give LeakySum(decay=...)"
+        )
+    return None

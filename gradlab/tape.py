@@ -1,0 +1,139 @@
+"""The tape: one forward pass, recorded once, that every rule reads; and the neurons' local Jacobians."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gradlab import plan
+from gradlab.losses import Batch, Loss, PerStep
+from gradlab.network import INPUT, Link, Network, NetworkState, Params
+from gradlab.plan import LayerRecord
+
+
+class Slices(NamedTuple):
+    """A stretch of recorded time. On the tape every array leads with [time, batch]; one step of it leads with [batch].
+
+    Attributes:
+        inputs: x, [time, batch, features...].
+        layers: per layer the state h_{t-1}, the current I_t and the output s_t.
+        delayed: per layer s_{t-1} where a delayed link reads it, else None.
+        error: d loss / d s_t at the output layer, the loss's scale included.
+        target, weight: what `PerStep.error_at` needs to put the loss elsewhere; weight is w_tb of `Loss.weights`.
+    """
+
+    inputs: Array
+    layers: tuple[LayerRecord, ...]
+    delayed: tuple[Array | None, ...]
+    error: Array
+    target: Array
+    weight: Array
+
+    def link_input(self, link: Link) -> Array:
+        """The input of a link as it was used: of the same step, or of the step before for a delayed link."""
+        if link.source == INPUT:
+            return self.inputs
+        if link.delay:
+            return self.delayed[link.source]  # type: ignore[return-value]
+        return self.layers[link.source].output
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["slices", "batch"], meta_fields=["loss"])
+@dataclasses.dataclass(frozen=True)
+class Tape:
+    """One forward pass of a network on a batch. Rules read it and never run the network again.
+
+    Attributes:
+        slices: everything recorded, time-major.
+        batch: the batch it was recorded on.
+        loss: the loss whose gradient is asked for.
+    """
+
+    slices: Slices
+    batch: Batch
+    loss: Loss
+
+    @property
+    def n_steps(self) -> int:
+        return self.slices.inputs.shape[0]
+
+    def error_at(self, prediction: Array) -> Array:
+        """(1) error_t = w_t d loss_t / d prediction_t with the loss put on another signal than the outputs.
+
+        Raises TypeError for a loss that is not a sum over steps.
+        """
+        if not isinstance(self.loss, PerStep):
+            raise TypeError(
+                f"{type(self.loss).__name__} is not a sum over steps: put it on the outputs only, or use gl.PerStep"
+            )
+        return self.loss.error_at(prediction, self.slices.target, self.slices.weight)
+
+
+def record(net: Network, params: Params, batch: Batch, loss: Loss) -> Tape:
+    """Run the network once and record it."""
+    _, layers = plan.run(net, params, batch.inputs)
+    return from_records(net, params, layers, batch, loss)
+
+
+def from_records(
+    net: Network,
+    params: Params,
+    layers: tuple[LayerRecord, ...],
+    batch: Batch,
+    loss: Loss,
+    start: NetworkState | None = None,
+) -> Tape:
+    """The tape of records that exist already; `start` is the state before the first step (rest if None)."""
+    output = layers[-1].output
+    n_steps, size = output.shape[:2]
+    start = net.initial_state(params, batch.inputs) if start is None else start
+    delayed = tuple(
+        None if first is None else jnp.concatenate([first[None], layer.output[:-1]])
+        for first, layer in zip(start.outputs, layers, strict=True)
+    )
+    slices = Slices(
+        inputs=batch.inputs,
+        layers=layers,
+        delayed=delayed,
+        error=loss.errors(output, batch),
+        target=loss.step_targets(batch.targets, n_steps),
+        weight=loss.weights(batch.mask, n_steps, size, output.dtype),
+    )
+    return Tape(slices, batch, loss)
+
+
+class Jacobians(NamedTuple):
+    """A neuron's local derivatives at its operating point; nested tuples over its k states, arrays of the unit's shape.
+
+    (1) dh_t = A dh_{t-1} + B dI_t
+    (2) ds_t = C dh_{t-1} + D dI_t
+    """
+
+    A: tuple[tuple[Array, ...], ...]
+    B: tuple[Array, ...]
+    C: tuple[Array, ...]
+    D: Array
+
+
+def jacobians(net: Network, params: Params, layer: int, record: LayerRecord, cut: str = "nothing") -> Jacobians:
+    """Linearise a layer's neuron at a record with any leading axes, by k+1 jvps of its own step.
+
+    The neuron is elementwise, so a tangent of ones gives every unit's own derivative. `cut` linearises a variant of the
+    neuron at the same operating point (`Neuron.cut`).
+    """
+
+    def step(state: Any, current: Array) -> tuple[Any, Array]:
+        return net.neuron_step(params, layer, state, current, cut)
+
+    _, push = jax.linearize(step, record.state, record.current)
+    k = len(record.state)
+    ones, zeros = jnp.ones_like(record.current), jnp.zeros_like(record.current)
+    columns = [push(tuple(ones if i == j else zeros for i in range(k)), zeros) for j in range(k)]
+    B, D = push(tuple(zeros for _ in range(k)), ones)
+    A = tuple(tuple(columns[j][0][i] for j in range(k)) for i in range(k))
+    return Jacobians(A, tuple(B), tuple(column[1] for column in columns), D)

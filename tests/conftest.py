@@ -1,0 +1,64 @@
+"""What every test shares: drawing without a screen, checked array shapes, 64-bit numbers on request."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["MPLBACKEND"] = "Agg"
+# Proofs compile hundreds of tiny programs and run each once: fast compilation matters, fast code does not.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+_ROOT = Path(__file__).resolve().parent.parent
+_TESTS_BETWEEN_CLEARINGS = 40
+_n_finished = pytest.StashKey[int]()
+
+
+def modules_with_shapes(package: Path) -> list[str]:
+    """Names of the modules of a package that import jaxtyping: their annotations carry array shapes."""
+    names = []
+    for path in sorted(package.rglob("*.py")):
+        if re.search(r"^\s*(from|import) jaxtyping\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def check_shapes(package: Path) -> None:
+    """Let beartype check the annotated functions of these modules at each call; run it before their import.
+
+    Only modules with array shapes are checked: elsewhere gradlab's own errors, which say the way out, must be
+    the first that a wrong argument meets.
+    """
+    from jaxtyping import install_import_hook
+
+    install_import_hook(modules_with_shapes(package), "beartype.beartype")
+
+
+if any(name.split(".")[0] == "gradlab" for name in sys.modules):
+    raise RuntimeError("gradlab was imported before tests/conftest.py could have its array shapes checked")
+check_shapes(_ROOT / "gradlab")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit numbers for the whole test: proofs of equality need them, float32 stops at about 1e-7."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Drop compiled programs now and then: hundreds of small ones would fill the memory."""
+    stash = item.config.stash
+    stash[_n_finished] = stash.get(_n_finished, 0) + 1
+    if stash[_n_finished] % _TESTS_BETWEEN_CLEARINGS == 0 and "jax" in sys.modules:
+        import jax
+
+        jax.clear_caches()
