@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from gradlab.losses import Batch, Loss
 from gradlab.network import Network, Params, fresh, is_hashable, require_sequence
@@ -36,9 +37,16 @@ def check(net: Network, params: Params, batch: Batch, loss: Loss) -> tuple[Param
     loss.check((*batch.inputs.shape[:2], *net.unit_shapes(params, batch.inputs)[-1]), batch)
     for name, value in (*batch._asdict().items(), ("parameters", params)):
         _check_finite(name, value)
-    if mask is not None and not isinstance(mask, jax.core.Tracer) and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError("mask holds other values than 0 and 1: it says which steps count, and is no weight")
+    if mask is not None and not isinstance(mask, jax.core.Tracer):
+        _check_mask(mask)
     return params, batch
+
+
+def _check_mask(mask: Array) -> None:
+    with jax.ensure_compile_time_eval():
+        plain = bool(((mask == 0) | (mask == 1)).all())
+    if not plain:
+        raise ValueError("mask holds other values than 0 and 1: it says which steps count, and is no weight")
 
 
 def _check_params(net: Network, params: Params, batch: Batch) -> None:
@@ -87,7 +95,10 @@ def _check_finite(name: str, value: Any) -> None:
     for path, leaf in _paths(value).items():
         if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
-        if not bool(jnp.isfinite(leaf).all()):
+        # Known values are looked at also while a caller's function is compiled.
+        with jax.ensure_compile_time_eval():
+            finite = bool(jnp.isfinite(leaf).all())
+        if not finite:
             where = f"{name} {path}" if path else name
             raise ValueError(
                 f"{where}: NaN or infinite values; clean the data, or go back to parameters from before they appeared"

@@ -55,8 +55,9 @@ class Comparison:
         gram, error, signs, sizes = {}, {}, {}, {}
         for path, reference in flat[rules[0]].items():
             rows = np.stack([flat[rule][path] for rule in rules])
-            gram[path] = rows @ rows.T
-            error[path] = np.sum((rows - reference) ** 2, axis=1)
+            with np.errstate(invalid="ignore", over="ignore"):  # infinite gradients: `flag` says so
+                gram[path] = rows @ rows.T
+                error[path] = np.sum((rows - reference) ** 2, axis=1)
             signs[path] = np.array([metrics.sign_counts(row, reference) for row in rows])
             sizes[path] = reference.size
         return cls(rules, gram, error, signs, sizes, dict(health), dict(refusals))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -63,14 +64,16 @@ def estimates(
         (states or {}).get(name, rule.init(net, params, shapes)) for name, rule in zip(names, rules, strict=True)
     )
     found = _compiled(net, loss, tuple(rules))(params, batch, held, key)
-    return dict(zip(names, found, strict=True))
+    # An ordered dict keeps its order through JAX's own functions; a plain one comes back sorted from a user's jax.jit.
+    return OrderedDict(zip(names, found, strict=True))
 
 
 def gradients(
     net: Network, params: Params, batch: Batch, loss: Loss, rules: Sequence[Rule], key: Array
 ) -> dict[str, Params]:
     """The rules' gradients, {name: pytree like params} in the order given; arguments and errors as `estimates`."""
-    return {name: estimate.grad for name, estimate in estimates(net, params, batch, loss, rules, key).items()}
+    found = estimates(net, params, batch, loss, rules, key)
+    return OrderedDict((name, estimate.grad) for name, estimate in found.items())
 
 
 def compare(
@@ -103,9 +106,7 @@ def compare(
         refusals = {name: reason for name, reason in reasons.items() if reason is not None}
         chosen = [rule for rule in chosen if rule.name not in refusals]
     found = gradients(net, params, batch, loss, chosen, key)
-    # Rule by rule: a pytree map over the dict would sort its names and put another rule in the reference's place.
-    host = {name: jax.device_get(gradient) for name, gradient in found.items()}
-    return Comparison.build(net, host, evaluate(net, params, batch, loss), refusals)
+    return Comparison.build(net, jax.device_get(found), evaluate(net, params, batch, loss), refusals)
 
 
 def evaluate(net: Network, params: Params, batch: Batch, loss: Loss) -> dict[str, Any]:
@@ -140,10 +141,19 @@ def rule_names(rules: Sequence[Rule]) -> list[str]:
 
 def shapes_of(net: Network, params: Params, batch: Batch, loss: Loss) -> Shapes:
     """The shapes of one run, without running it."""
-    tape = jax.eval_shape(partial(record, net, loss=loss), params, batch)
+    # A compiled function's trace is kept, so that asking again costs nothing.
+    recorder = partial(_jitted_record, net, loss) if is_hashable(net, loss) else partial(_record, net, loss)
+    tape = jax.eval_shape(recorder, params, batch)
     first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tape.slices)
     abstract = jax.eval_shape(lambda p: p, params)
     return Shapes(batch.inputs.shape[0], abstract, first)
+
+
+def _record(net: Network, loss: Loss, params: Params, batch: Batch) -> Tape:
+    return record(net, params, batch, loss)
+
+
+_jitted_record = jax.jit(_record, static_argnums=(0, 1))
 
 
 def _run_rules(

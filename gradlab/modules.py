@@ -106,8 +106,8 @@ def _init_connection(module: Any, key: Array, x: Array, link: Link) -> Any:
         raise ValueError(f"{_where(link)} does not fit its input of shape {shape} per sample: {error}") from error
     if other := sorted(set(variables) - {"params"}):
         raise ValueError(
-            f"{_where(link)} keeps variables in {other}: a connection may hold parameters only and treat each sample by "
-            "itself (normalisation over the batch would differ between chunks; use nn.LayerNorm or nn.GroupNorm)"
+            f"{_where(link)} keeps variables in {other}: a connection may hold parameters only and treat each sample "
+            "by itself (normalisation over the batch would differ between chunks; use nn.LayerNorm or nn.GroupNorm)"
         )
     return variables.get("params", {})
 

@@ -94,7 +94,9 @@ class Network:
 
     def unit_shapes(self, params: Params, inputs: Array | jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], ...]:
         """The shape of one sample's output, per layer."""
-        state = jax.eval_shape(lambda p, x: self._outputs_of_step(p, x), params, _one_step(inputs))
+        # A compiled function's trace is kept, so that asking again costs nothing.
+        step = partial(_jitted_outputs, self) if is_hashable(self) else self._outputs_of_step
+        state = jax.eval_shape(step, params, _one_step(inputs))
         return tuple(output.shape[1:] for output in state)
 
     def _outputs_of_step(self, params: Params, x: Array) -> tuple[Array, ...]:
@@ -260,6 +262,9 @@ def fresh(net: Network, key: Array, x: Array) -> Params:
 
 
 _jitted_fresh = jax.jit(fresh, static_argnums=0)
+
+
+_jitted_outputs = jax.jit(Network._outputs_of_step, static_argnums=0)
 
 
 def is_hashable(*values: Any) -> bool:

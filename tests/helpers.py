@@ -69,7 +69,7 @@ def close(a, b, tolerance=1e-12):
     """Two pytrees agree entry by entry, relative to the largest entry of each leaf."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert x.shape == y.shape, f"{path}: {x.shape} and {y.shape}"
         error = np.abs(x - y).max() / max(np.abs(y).max(), 1e-300)
         assert error <= tolerance, f"{path}: relative difference {error:.2e}"

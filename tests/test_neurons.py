@@ -1,4 +1,4 @@
-"""Neurons: values against explicit NumPy loops, local derivatives against hand-written ones, Flax's RNN, bad constants."""
+"""Neurons: values against NumPy loops, local derivatives against hand-written ones, Flax's RNN, bad constants."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_trained_constants_cannot_leave_their_range():
     for raw in (-60.0, -3.0, 0.0, 3.0, 60.0):
         params = {"beta_logit": jnp.float32(raw), "threshold_log": jnp.float32(raw)}
         assert 0.0 <= float(neuron.value("beta", jnp.float32, params)) <= 1.0
-        assert 0.0 < float(neuron.value("threshold", jnp.float32, params))
+        assert float(neuron.value("threshold", jnp.float32, params)) > 0.0
     start = {"beta_logit": jnp.log(0.9 / 0.1), "threshold_log": jnp.log(2.0)}
     assert float(neuron.value("beta", jnp.float32, start)) == pytest.approx(0.9)
     assert float(neuron.value("threshold", jnp.float32, start)) == pytest.approx(2.0)

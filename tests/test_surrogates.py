@@ -1,4 +1,4 @@
-"""Surrogate spikes: values, slopes against the primitives that they are named after, and every mode of differentiation."""
+"""Surrogate spikes: values, slopes against the primitives they are named after, and every mode of differentiation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def slope_error(slope, primitive, surrogate):
 @ALL
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_values_and_slopes_are_finite_over_a_wide_range_and_keep_the_dtype(x64, surrogate, dtype):
-    x = jnp.concatenate([jnp.linspace(-100, 100, 4001), jnp.array([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30])]).astype(dtype)
+    x = jnp.concatenate([jnp.linspace(-100, 100, 4001), jnp.array([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30])]).astype(
+        dtype
+    )
     spike, pull = jax.vjp(surrogate, x)
     slope = pull(jnp.ones_like(x))[0]
     assert spike.dtype == slope.dtype == dtype

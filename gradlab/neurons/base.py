@@ -16,7 +16,9 @@ Scalar = float | tuple[float, ...]
 
 
 class Subthreshold(NamedTuple):
-    """The linear dynamics of a neuron that does not fire: h_t = A h_{t-1} + B I_t, spike variable c . h_t.
+    """The linear dynamics of a neuron that does not fire: (1) h_t = A h_{t-1} + B I_t.
+
+    (2) c . A^n B is what a current moves in the spike variable (membrane minus threshold) n steps later.
 
     Nested tuples over the k states; every entry is an array of shape () (shared by the layer) or (units,).
     """

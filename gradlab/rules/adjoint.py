@@ -10,7 +10,6 @@ One matrix product per layer, chunk and direction; memory per neuron, never per 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from gradlab import plan
 from gradlab.network import Network, Params
 from gradlab.rules import filters
 from gradlab.rules.signals import SpatialBackprop, Sweep, Term
-from gradlab.tape import Jacobians, Slices, Tape, jacobians
+from gradlab.tape import Slices, Tape, jacobians
 
 if TYPE_CHECKING:
     from gradlab.rules.local import LocalRule
@@ -71,13 +70,13 @@ def _chunk(
         terms = layer_terms(rule, net, params, layer, feedback, sweep)
         if not terms:
             continue
-        jac = jacobians(net, params, layer, slices.layers[layer], local.trace.cut)
-        signal, mean = total(terms), means.get(layer)
-        after[layer], delta, cotangent, mu = _layer(local, net, params, layer, slices, carries[layer], terms, jac, mean)
-        add_weights(grads, net, params, layer, slices, delta)
-        add_neuron(grads, net, params, layer, slices, local.trace.cut, cotangent, mu)
-        if isinstance(local.signal, SpatialBackprop):
-            sweep.handed_down[layer] = (jac.D if mean is None or local.signal.slope == "instant" else mean) * signal
+        found = _layer(local, net, params, layer, slices, carries[layer], terms, means.get(layer))
+        after[layer] = found.carry
+        add_weights(grads, net, params, layer, slices, found.delta)
+        if found.cotangents is not None:
+            add_neuron(grads, net, params, layer, slices, local.trace.cut, *found.cotangents)
+        if found.handed_down is not None:
+            sweep.handed_down[layer] = found.handed_down
     return grads, tuple(after)
 
 
@@ -110,9 +109,13 @@ def leaky_means(rule: LocalRule, net: Network, params: Params, slices: Slices) -
         if local.needs_mean(net, layer):
             kernel = local.memory_filter(net, params, layer)
             assert kernel is not None  # LocalRule refuses a leaky mean without a memory
-            slope = jacobians(net, params, layer, slices.layers[layer]).D
-            start = (filters.zeros(kernel, slope[0]), filters.zeros(kernel, jnp.ones((), slope.dtype)))
-            _, means[layer] = jax.lax.scan(partial(mean_step, kernel), start, slope)
+            first = slices.layers[layer].output[0]
+            start = (filters.zeros(kernel, first), filters.zeros(kernel, jnp.ones((), first.dtype)))
+
+            def advance(h: Any, record: Any, kernel: Any = kernel, layer: int = layer) -> tuple[Any, Array]:
+                return mean_step(kernel, h, jacobians(net, params, layer, record).D)
+
+            _, means[layer] = jax.lax.scan(advance, start, slices.layers[layer])
     return means
 
 
@@ -151,6 +154,15 @@ def own_link(local: LocalRule, net: Network, layer: int) -> Any:
     return next((k for k in net.links_into(layer) if k.source == layer), None)
 
 
+class Found(NamedTuple):
+    """One layer's share of a chunk: the carry; delta_t; q_t where it is handed down; cotangents where constants train."""
+
+    carry: LayerCarry
+    delta: Array
+    handed_down: Array | None
+    cotangents: Any
+
+
 def _layer(
     local: LocalRule,
     net: Network,
@@ -159,51 +171,69 @@ def _layer(
     slices: Slices,
     carry: LayerCarry,
     terms: list[Term],
-    jac: Jacobians,
     mean: Array | None,
-) -> tuple[LayerCarry, Array, Any, Array]:
-    """Memory and trace of one layer, backwards through a chunk: the new carry, delta, the cotangents of h_t, and mu."""
-    own = local.own_filter(net, params, layer)
-    factor = mean if local.trace.slope == "leaky_mean" else None
-    kernels, signals, memories = [], [], list(carry.memory)
-    for index, term in enumerate(terms):
-        kernel = local.memory_filter(net, params, layer, term.target)
-        error = term.error
-        if kernel is not None and not kernel.shared:
-            # One leak per target unit: the filter must act before the connection's transpose mixes the units.
-            memories[index], error = _filter_back(kernel, memories[index], error)
-            kernel = None
-        signal = term.pull(error)
-        kernels.append(kernel)
-        signals.append(signal if factor is None else signal * factor)
-    link = own_link(local, net, layer)
+) -> Found:
+    """Memory and trace of one layer, backwards through a chunk.
+
+    The neuron is linearised inside the loop over time, because its Jacobians would not stay in the processor's cache.
+    """
+    kernels, signals, whole, memory = _signals(local, net, params, layer, terms, carry.memory)
+    own, link = local.own_filter(net, params, layer), own_link(local, net, layer)
+    hands_down = isinstance(local.signal, SpatialBackprop) and any(k.source >= 0 for k in net.links_into(layer))
+    trained = "neuron" in params[f"layer_{layer}"]
     x = None if link is None else slices.link_input(link)
 
-    def back(held, now):
+    def back(held: Any, now: Any) -> tuple[Any, Any]:
         states, p, delta_after = held
-        jac_now, signals_now, x_now = now
-        states = list(states)
-        mu = jnp.zeros_like(delta_shape)
-        for index, (kernel, signal) in enumerate(zip(kernels, signals_now, strict=True)):
-            if kernel is not None:
-                states[index], signal = filters.transpose(kernel, states[index], signal)
-            mu = mu + signal
+        record, signals_now, whole_now, mean_now, x_now = now
+        jac = jacobians(net, params, layer, record, local.trace.cut)
+        if local.trace.slope == "leaky_mean":
+            signals_now = [signal * mean_now for signal in signals_now]
+        states, mu = _remember(kernels, states, signals_now)
         if link is not None:
             mu = mu + net.input_cotangent(params, link, x_now, delta_after, lead=1)
-        p, delta, cotangent = local.trace.transpose(own, p, jac_now, mu)
-        return (states, p, None if link is None else delta), (delta, cotangent, mu)
+        p, delta, cotangent = local.trace.transpose(own, p, jac, mu)
+        slope = jac.D if mean_now is None or local.signal.slope == "instant" else mean_now
+        down = slope * whole_now if hands_down else None
+        return (states, p, None if link is None else delta), (delta, down, (cotangent, mu) if trained else None)
 
-    delta_shape = signals[0][0]
-    if not carry.trace and link is None and all(kernel is None for kernel in kernels):
-        mu = sum(signals[1:], signals[0])
-        _, delta, cotangent = local.trace.transpose(own, (), jac, mu)
-        return LayerCarry(tuple(memories), (), None), delta, cotangent, mu
-    held = [m if k is not None else () for m, k in zip(memories, kernels, strict=True)]
-    (held, p, delta_after), (delta, cotangent, mu) = jax.lax.scan(
-        back, (held, carry.trace, carry.delta), (jac, signals, x), reverse=True
-    )
-    memories = [h if k is not None else m for h, k, m in zip(held, kernels, memories, strict=True)]
-    return LayerCarry(tuple(memories), p, delta_after), delta, cotangent, mu
+    rows = (slices.layers[layer], signals, whole, mean, x)
+    start = (memory, carry.trace, carry.delta)
+    if not jax.tree.leaves(start):
+        (states, p, after), (delta, down, cotangents) = back(start, rows)  # nothing is carried: all steps at once
+    else:
+        (states, p, after), (delta, down, cotangents) = jax.lax.scan(back, start, rows, reverse=True)
+    return Found(LayerCarry(states, p, after), delta, down, cotangents)
+
+
+def _signals(
+    local: LocalRule, net: Network, params: Params, layer: int, terms: list[Term], memory: tuple[Any, ...]
+) -> tuple[list[Any], list[Array], Array, tuple[Any, ...]]:
+    """Per term its kernel and signal for the loop over time; the whole signal without memory; the memories' states."""
+    kernels, signals, held = [], [], []
+    whole = total(terms)
+    for term, state in zip(terms, memory, strict=True):
+        kernel = local.memory_filter(net, params, layer, term.target)
+        signal = whole if len(terms) == 1 else term.pull(term.error)
+        if kernel is not None and not kernel.shared:
+            # One leak per target unit: the filter must act before the connection's transpose mixes the units.
+            state, error = _filter_back(kernel, state, term.error)
+            kernel, signal = None, term.pull(error)
+        kernels.append(kernel)
+        signals.append(signal)
+        held.append(state)
+    return kernels, signals, whole, tuple(held)
+
+
+def _remember(kernels: list[Any], states: tuple[Any, ...], signals: list[Array]) -> tuple[tuple[Any, ...], Array]:
+    """mu_t: every term through its memory, one step backwards, and their sum."""
+    after, passed = [], []
+    for kernel, state, signal in zip(kernels, states, signals, strict=True):
+        if kernel is not None:
+            state, signal = filters.transpose(kernel, state, signal)
+        after.append(state)
+        passed.append(signal)
+    return tuple(after), sum(passed[1:], passed[0])
 
 
 def _filter_back(kernel: Any, state: Any, signal: Array) -> tuple[Any, Array]:

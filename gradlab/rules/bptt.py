@@ -14,8 +14,10 @@ from jax import Array
 from gradlab import plan
 from gradlab.network import Network, Params
 from gradlab.neurons import Neuron
+from gradlab.plan import LayerRecord
 from gradlab.rules.adjoint import add_neuron, add_weights
 from gradlab.rules.base import Estimate, Rule
+from gradlab.rules.traces import JacobianTrace
 from gradlab.tape import Slices, Tape, jacobians
 
 
@@ -107,16 +109,17 @@ def _chunk(net: Network, params: Params, held: Any, slices: Slices, keep: Array)
     for block in reversed(plan.blocks(net)):
         outside = {layer: _signal(net, params, layer, slices, deltas, block) for layer in block}
         step = _block_step(net, params, block)
+        trained = {layer for layer in block if "neuron" in params[f"layer_{layer}"]}
         start = ({k: p[k] for k in block}, {k: pending[k] for k in block if net.delays(k)})
-        rows = (_rows(net, params, block, slices), outside, keep)
+        rows = (_rows(net, block, slices), outside, keep)
         (end, waiting), found = jax.lax.scan(step, start, rows, reverse=True)
         pending |= waiting
         for layer in reversed(block):
             p[layer] = end[layer]
-            delta, cotangent, signal = found[layer]
-            deltas[layer] = delta
-            add_weights(grads, net, params, layer, slices, delta)
-            add_neuron(grads, net, params, layer, slices, "nothing", cotangent, signal)
+            deltas[layer], *cotangents = found[layer]
+            add_weights(grads, net, params, layer, slices, deltas[layer])
+            if layer in trained:
+                add_neuron(grads, net, params, layer, slices, "nothing", *cotangents)
     return grads, (tuple(p), pending)
 
 
@@ -132,21 +135,11 @@ def _signal(
     return signal
 
 
-def _rows(net: Network, params: Params, block: tuple[int, ...], slices: Slices) -> Any:
-    """What the block's backward step reads at each time: local Jacobians (or the record, for Flax's own cells) and
-    link inputs.
-    """
-    local = {}
-    for layer in block:
-        elementwise = isinstance(net.neurons[layer], Neuron)
-        local[layer] = jacobians(net, params, layer, slices.layers[layer]) if elementwise else slices.layers[layer]
-    inputs = {
-        (link.source, link.target): slices.link_input(link)
-        for layer in block
-        for link in net.links_into(layer)
-        if link.source in block
-    }
-    return local, inputs
+def _rows(net: Network, block: tuple[int, ...], slices: Slices) -> Any:
+    """What the block's backward step reads at each time: the layers' records, and the inputs of the links inside."""
+    inside = [link for layer in block for link in net.links_into(layer) if link.source in block]
+    inputs = {(link.source, link.target): slices.link_input(link) for link in inside}
+    return {layer: slices.layers[layer] for layer in block}, inputs
 
 
 def _block_step(net: Network, params: Params, block: tuple[int, ...]) -> Callable[[Any, Any], tuple[Any, Any]]:
@@ -154,7 +147,7 @@ def _block_step(net: Network, params: Params, block: tuple[int, ...]) -> Callabl
 
     def step(held: Any, row: Any) -> tuple[Any, Any]:
         p, pending = held
-        (local, inputs), outside, keep = row
+        (records, inputs), outside, keep = row
         before: dict[int, Any] = {}
         found: dict[int, Any] = {}
         waiting = {k: jnp.zeros_like(v) for k, v in pending.items()}
@@ -164,8 +157,9 @@ def _block_step(net: Network, params: Params, block: tuple[int, ...]) -> Callabl
                 if not link.delay and link.target in block:
                     x = inputs[(link.source, link.target)]
                     signal = signal + net.input_cotangent(params, link, x, found[link.target][0], lead=1)
-            before[layer], delta = _neuron_back(net, params, layer, local[layer], p[layer], signal)
-            found[layer] = (delta, p[layer], signal)
+            before[layer], delta = _neuron_back(net, params, layer, records[layer], p[layer], signal)
+            # The cotangents are kept only where a neuron's own constants are trained.
+            found[layer] = (delta, p[layer], signal) if "neuron" in params[f"layer_{layer}"] else (delta,)
             for link in net.links_into(layer):
                 if link.delay:
                     x = inputs[(link.source, link.target)]
@@ -176,13 +170,15 @@ def _block_step(net: Network, params: Params, block: tuple[int, ...]) -> Callabl
     return step
 
 
-def _neuron_back(net: Network, params: Params, layer: int, local: Any, p: Any, signal: Array) -> tuple[Any, Array]:
-    """(1): the cotangents of h_{t-1} and of the current, from those of h_t and s_t."""
+def _neuron_back(
+    net: Network, params: Params, layer: int, record: LayerRecord, p: Any, signal: Array
+) -> tuple[Any, Array]:
+    """(1): the cotangents of h_{t-1} and of the current, from those of h_t and s_t.
+
+    The neuron is linearised here, step by step, because its Jacobians would not stay in the processor's cache.
+    """
     if not isinstance(net.neurons[layer], Neuron):
-        _, pull = jax.vjp(lambda h, i: net.neuron_step(params, layer, h, i), local.state, local.current)
+        _, pull = jax.vjp(lambda h, i: net.neuron_step(params, layer, h, i), record.state, record.current)
         return pull((p, signal))
-    k = range(len(p))
-    delta = local.D * signal
-    for b, p_i in zip(local.B, p, strict=True):
-        delta = delta + b * p_i
-    return tuple(sum((local.A[i][j] * p[i] for i in k), local.C[j] * signal) for j in k), delta
+    before, delta, _ = JacobianTrace().transpose(None, p, jacobians(net, params, layer, record), signal)
+    return before, delta

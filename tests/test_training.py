@@ -1,0 +1,414 @@
+"""Training against loops written by hand: updates per batch and per time step, seeds, resuming, stopping."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import assert_alive, close, differ
+
+import gradlab as gl
+from gradlab.rules import BPTT, FPTT, OSTL, OTTT, SLTT, EProp
+
+T, INPUTS, CLASSES = 6, 5, 3
+LOSS = gl.PerStep(optax.softmax_cross_entropy)
+NET = gl.connect(
+    [nn.Dense(6), gl.LIF(beta=0.8, threshold=0.6, surrogate=gl.FastSigmoid(4.0)), nn.Dense(CLASSES), gl.LI(0.9)]
+)
+ONE_LAYER = gl.connect(
+    [nn.Dense(CLASSES), gl.LIF(beta=0.8, threshold=0.5, reset="zero", surrogate=gl.FastSigmoid(2.0))]
+)
+SGD = gl.Optimizer("sgd", learning_rate=0.1)
+
+
+class Task:
+    """Random spike trains whose rate tells the class; the masks have unequal lengths."""
+
+    def __init__(self, masked=False):
+        self.masked = masked
+
+    def batch(self, key, size):
+        label_key, spike_key = jax.random.split(key)
+        labels = jax.random.randint(label_key, (size,), 0, CLASSES)
+        rate = 0.2 + 0.5 * jax.nn.one_hot(labels, INPUTS)
+        inputs = (jax.random.uniform(spike_key, (T, size, INPUTS)) < rate).astype(float)
+        mask = (jnp.arange(T)[:, None] < T - jnp.arange(size)).astype(float) if self.masked else None
+        return gl.Batch(inputs, jax.nn.one_hot(labels, CLASSES, dtype=inputs.dtype), mask)
+
+
+TASK, MASKED = Task(), Task(masked=True)
+
+
+def keys_of(seed):
+    """The keys for the initial parameters and for the stream of batches of one seed."""
+    return (jax.random.fold_in(jax.random.key(seed), k) for k in (0, 1))
+
+
+def begun(net, task, seed, size):
+    """Initial parameters and the first batches' keys, as a user who follows the documentation would make them."""
+    first, stream = keys_of(seed)
+    batches = [task.batch(jax.random.fold_in(stream, i), size) for i in range(4)]
+    params = net.init(first, batches[0].inputs)
+    return params, batches
+
+
+def fit(rule, net=NET, task=TASK, loss=LOSS, optimizer=SGD, steps=3, batch_size=4, **settings):
+    return gl.train(net, task, loss, rule, optimizer, steps=steps, batch_size=batch_size, **settings)
+
+
+def naive_loss(net, params, batch):
+    """The loss of a plain scan over the network's own step."""
+    _, outputs = jax.lax.scan(
+        lambda h, x: (lambda after, _, s: (after, s[-1]))(*net.step(params, h, x)),
+        net.initial_state(params, batch.inputs),
+        batch.inputs,
+    )
+    return LOSS(outputs, batch)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_sequence_updates_are_a_plain_optax_loop(x64, name):
+    optimizer = gl.Optimizer(name, learning_rate=0.05)
+    run = fit(BPTT(), task=MASKED, optimizer=optimizer, seeds=(3,), probe_every=1)
+    params, batches = begun(NET, MASKED, 3, 4)
+    assert_alive(NET, params, batches[0].inputs)
+    transformation, losses = optimizer.build(), []
+    state = transformation.init(params)
+    step = jax.jit(jax.value_and_grad(partial(naive_loss, NET)))
+    for index in range(3):
+        close(jax.tree.map(lambda leaf, i=index: leaf[i, 0], run.trajectory), params)
+        value, gradient = step(params, batches[index])
+        updates, state = transformation.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(value))
+    close(run.params_of(0), params)
+    np.testing.assert_allclose(run.history["loss"], [losses], rtol=1e-12)
+    assert run.stopped is None and run.probe_steps.tolist() == [0, 1, 2, 3]
+    if name == "adamw":  # weight decay reads the parameters: without it the result is another one
+        assert differ(
+            fit(BPTT(), task=MASKED, optimizer=gl.Optimizer("adam", learning_rate=0.05), seeds=(3,)).params_of(0),
+            params,
+            1e-6,
+        )
+
+
+def numpy_online(params, batches, rate, kind, fptt=None, masked=False):
+    """One LIF layer with a hard reset, learning at every step; the loss of a step is the batch's mean of squares.
+
+    OTTT (kind "trace"):  a_t = beta a_{t-1} + x_t,  dW = a_t (psi_t error_t)^T, the bias a constant input.
+    SLTT (kind "none"):   a_t = x_t.
+    """
+    own = params["layer_0"]["connection"]
+    W, b = np.array(own["kernel"]), np.array(own["bias"])
+    beta, threshold, slope = 0.8, 0.5, 2.0
+    losses, rates = [], []
+    average, dual = [W.copy(), b.copy()], [np.zeros_like(W), np.zeros_like(b)]
+    for batch in batches:
+        x, y = np.asarray(batch.inputs), np.asarray(batch.targets)
+        size = x.shape[1]
+        mask = np.asarray(batch.mask) if masked else np.ones((T, size))
+        u, a, total, values = np.zeros((size, CLASSES)), np.zeros((size, INPUTS)), 0.0, np.zeros((T, size))
+        for t in range(T):
+            v = beta * u + x[t] @ W + b
+            s = (v >= threshold).astype(float)
+            psi = 1 / (slope * np.abs(v - threshold) + 1) ** 2
+            u = v * (1 - s)
+            a = (beta * a if kind == "trace" else 0.0) + x[t]
+            total = (beta * total if kind == "trace" else 0.0) + 1.0
+            values[t] = (0.5 * (s - y) ** 2).mean(-1)
+            delta = psi * (s - y) / CLASSES * mask[t][:, None] / size
+            share = 1.0
+            if fptt is not None and fptt.weighted:
+                share = (t + 1) / T
+            grads = [share * a.T @ delta, share * total * delta.sum(0)]
+            if not mask[t].any():
+                continue
+            if fptt is not None:
+                weight = mask[t].sum() / size
+                grads = [
+                    g + weight * (fptt.alpha * (p - m) - d)
+                    for g, p, m, d in zip(grads, (W, b), average, dual, strict=True)
+                ]
+            W, b = W - rate * grads[0], b - rate * grads[1]
+            if fptt is not None:
+                dual = [d - fptt.alpha * (p - m) for d, p, m in zip(dual, (W, b), average, strict=True)]
+                average = [
+                    (1 - fptt.beta) * m + fptt.beta * p - fptt.beta / fptt.alpha * d
+                    for m, p, d in zip(average, (W, b), dual, strict=True)
+                ]
+            rates.append(s.mean())
+        losses.append(((values * mask).sum(0) / np.maximum(mask.sum(0), 1)).mean())
+    assert 0.05 < np.mean(rates) < 0.6
+    return {"layer_0": {"connection": {"bias": b, "kernel": W}}}, losses
+
+
+SQUARE = gl.PerStep(optax.l2_loss)
+
+
+@pytest.mark.parametrize(
+    ("rule", "kind"),
+    [(OTTT(), "trace"), (SLTT(), "none"), (FPTT(), "none"), (FPTT(alpha=0.3, beta=0.7, weighted=False), "none")],
+    ids=lambda value: getattr(value, "name", value),
+)
+@pytest.mark.parametrize("task", [TASK, MASKED], ids=["whole", "masked"])
+def test_online_updates_are_a_numpy_loop_over_the_steps(x64, rule, kind, task):
+    run = fit(rule, net=ONE_LAYER, task=task, loss=SQUARE, steps=2, update="step", seeds=(1,))
+    params, batches = begun(ONE_LAYER, task, 1, 4)
+    fptt = rule if isinstance(rule, FPTT) else None
+    expected, losses = numpy_online(params, batches[:2], 0.1, kind, fptt, masked=task.masked)
+    close(run.params_of(0), expected)
+    np.testing.assert_allclose(run.history["loss"], [losses], rtol=1e-12)
+    other, _ = numpy_online(params, batches[:2], 0.1, "none" if kind == "trace" else "trace", fptt, masked=task.masked)
+    assert differ(run.params_of(0), other, 1e-4)
+
+
+def test_steps_that_count_for_no_sample_are_no_updates(x64):
+    """A momentum would go on moving the weights; the mask of the last steps is empty."""
+
+    def short(key, size):
+        batch = TASK.batch(key, size)
+        return batch._replace(mask=jnp.zeros((T, size)).at[0].set(1.0))
+
+    momentum = gl.Optimizer("sgd", learning_rate=0.1, momentum=0.9)
+    run = fit(SLTT(), net=ONE_LAYER, task=short, loss=SQUARE, optimizer=momentum, steps=1, update="step", seeds=(1,))
+    params, batches = begun(ONE_LAYER, Task(), 1, 4)
+    # One update, the first of a momentum's run: plain descent on the first step.
+    first = gl.Batch(batches[0].inputs[:1], batches[0].targets)
+    gradient = gl.gradients(ONE_LAYER, params, first, SQUARE, [SLTT()], jax.random.key(0))["SLTT"]
+    close(run.params_of(0), jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient))
+
+
+def test_the_streaming_form_trains_as_the_adjoint_form(x64):
+    for rule in (OSTL(), EProp(feedback="random")):
+        adjoint, streaming = (fit(rule, form=form) for form in ("adjoint", "streaming"))
+        close(streaming.params, adjoint.params)
+        close(streaming.history["loss"], adjoint.history["loss"])
+    assert differ(adjoint.params, fit(OSTL()).params, 1e-6)
+
+
+def test_the_state_of_a_rule_is_kept_over_the_run(x64):
+    """Random feedback is drawn once from the rule's own seed: the run is a loop over `estimates` with its state."""
+    rule = EProp(feedback="random", seed=4)
+    run = fit(rule, seeds=(2,))
+    params, batches = begun(NET, TASK, 2, 4)
+    states = None
+    for index in range(3):
+        found = gl.estimates(NET, params, batches[index], LOSS, [rule], jax.random.key(index), states)[rule.name]
+        states = {rule.name: found.state}
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, found.grad)
+    close(run.params_of(0), params)
+    assert differ(fit(EProp(feedback="random", seed=5), seeds=(2,)).params_of(0), params, 1e-6)
+
+
+def test_seeds_are_runs_of_their_own(x64):
+    both = fit(OSTL(), seeds=(0, 7))
+    for position, seed in enumerate((0, 7)):
+        alone = fit(OSTL(), seeds=(seed,))
+        close(alone.params_of(0), both.params_of(position))
+        np.testing.assert_allclose(alone.history["loss"][0], both.history["loss"][position], rtol=1e-12)
+    assert differ(both.params_of(0), both.params_of(1))
+    assert both.history["loss"].shape == (2, 3)
+    # Two rules see the same data and the same start.
+    paired = fit(SLTT(), seeds=(0, 7))
+    np.testing.assert_allclose(paired.history["loss"][:, 0], both.history["loss"][:, 0], rtol=1e-12)
+
+
+def test_given_parameters_are_the_start_of_every_seed(x64):
+    params, _batches = begun(NET, TASK, 5, 4)
+    run = fit(BPTT(), params=params, seeds=(0, 1), steps=1, probe_every=1)
+    for position in range(2):
+        close(jax.tree.map(lambda leaf, i=position: leaf[0, i], run.trajectory), params)
+    assert differ(run.params_of(0), run.params_of(1), 1e-6)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step, seen):
+    def on_probe(now, params):
+        seen.append(now)
+        if now == step:
+            raise Killed
+
+    return on_probe
+
+
+@pytest.mark.parametrize("update", ["sequence", "step"])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, update):
+    settings = {
+        "steps": 7,
+        "probe_every": 2,
+        "update": update,
+        "seeds": (0, 3),
+        "optimizer": gl.Optimizer("adam", learning_rate=0.01),
+    }
+    whole = fit(FPTT(), **settings)
+    file, seen = tmp_path / "deep" / "run.npz", []
+    with pytest.raises(Killed):
+        fit(FPTT(), checkpoint=file, on_probe=kill_at(4, seen), **settings)
+    assert seen == [0, 2, 4] and [f.name for f in file.parent.iterdir()] == ["run.npz"]
+    seen.clear()
+    resumed = fit(FPTT(), checkpoint=file, on_probe=kill_at(None, seen), **settings)
+    assert seen == [4, 6, 7]  # the probe that was not written is taken again, the written ones are not
+    for a, b in zip(
+        jax.tree.leaves((whole.params, whole.trajectory)),
+        jax.tree.leaves((resumed.params, resumed.trajectory)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(whole.history["loss"], resumed.history["loss"])
+    assert resumed.probe_steps.tolist() == [0, 2, 4, 6, 7]
+    # A finished run is only read.
+    seen.clear()
+    again = fit(FPTT(), checkpoint=file, on_probe=kill_at(None, seen), **settings)
+    assert seen == [] and np.array_equal(again.history["loss"], whole.history["loss"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"optimizer": optax.sgd(0.2)},
+        {"task": MASKED},
+        {"seeds": (1,)},
+        {"rule": SLTT()},
+        {"net": gl.connect([nn.Dense(6), gl.LIF(beta=0.7, threshold=0.6), nn.Dense(CLASSES), gl.LI(0.9)])},
+        {"loss": gl.PerStep(optax.softmax_cross_entropy, time="sum")},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_the_checkpoint_of_another_run_is_not_continued(tmp_path, caplog, other):
+    file = tmp_path / "run.npz"
+    base = {"rule": OSTL(), "steps": 2, "probe_every": 1, "optimizer": optax.sgd(0.1)}
+    with pytest.raises(Killed):
+        fit(checkpoint=file, on_probe=kill_at(2, []), **base)
+    with caplog.at_level(logging.WARNING):
+        found = fit(checkpoint=file, **(base | other))
+    assert "belongs to another run" in caplog.text
+    np.testing.assert_array_equal(found.history["loss"], fit(**(base | other)).history["loss"])
+
+
+def test_probes_and_progress_are_told_in_order():
+    calls, kept = [], []
+    run = fit(
+        OSTL(),
+        steps=5,
+        probe_every=2,
+        seeds=(0, 1),
+        on_progress=lambda done, total: calls.append(("progress", done, total)),
+        on_probe=lambda step, params: (calls.append(("probe", step)), kept.append(params)),
+    )
+    assert calls == [
+        ("probe", 0),
+        ("progress", 2, 5),
+        ("probe", 2),
+        ("progress", 4, 5),
+        ("probe", 4),
+        ("progress", 5, 5),
+        ("probe", 5),
+    ]
+    for index, params in enumerate(kept):
+        assert len(params) == 2
+        for seed in range(2):
+            close(params[seed], jax.tree.map(lambda leaf, i=index, s=seed: leaf[i, s], run.trajectory), 0.0)
+    close(run.params, jax.tree.map(lambda leaf: leaf[-1], run.trajectory), 0.0)
+    assert run.history["loss"].shape == (2, 5) and np.isfinite(run.history["loss"]).all()
+    assert "last loss of 5" in run._repr_html_() and f"{run.history['loss'][1, -1]:.4g}" in run._repr_html_()
+
+
+def test_about_twenty_probes_by_default():
+    assert fit(SLTT(), steps=3).probe_steps.tolist() == [0, 1, 2, 3]
+    run = fit(SLTT(), steps=50, batch_size=2)
+    assert run.probe_steps.tolist() == [*range(0, 50, 3), 50]
+
+
+def test_a_loss_that_is_no_longer_finite_stops_the_run(caplog):
+    wild = gl.Optimizer("sgd", learning_rate=1e38)
+    with caplog.at_level(logging.WARNING):
+        run = fit(BPTT(), optimizer=wild, steps=40, probe_every=4, seeds=(0, 5))
+    assert run.stopped is not None and run.stopped.startswith("no longer finite: the loss of seed 0 from iteration ")
+    assert "seed 5" in run.stopped and run.stopped in caplog.text and run.stopped in run._repr_html_()
+    assert run.history["loss"].shape[1] < 40
+    first = int(run.stopped.split("seed 0 from iteration ")[1].split(",")[0])
+    assert np.isfinite(run.history["loss"][0, :first]).all() and not np.isfinite(run.history["loss"][0, first])
+
+
+def test_a_spiking_output_hides_nan_weights_in_a_finite_loss_and_is_stopped_all_the_same():
+    run = fit(
+        OSTL(), net=ONE_LAYER, loss=SQUARE, optimizer=gl.Optimizer("sgd", learning_rate=1e39), steps=40, probe_every=4
+    )
+    assert np.isfinite(run.history["loss"]).all()
+    assert run.stopped == "no longer finite: the parameters of seed 0, found after iteration 4"
+    assert run.history["loss"].shape == (1, 4)
+
+
+def test_one_lost_seed_does_not_stop_the_others():
+    def task(key, size):
+        batch = TASK.batch(key, size)
+        return batch._replace(inputs=batch.inputs * jnp.where(jax.random.uniform(key) < 0.5, 1e38, 1.0))
+
+    found = [
+        fit(BPTT(), task=task, steps=2, seeds=(seed,), optimizer=gl.Optimizer("sgd", learning_rate=1e5))
+        for seed in range(4)
+    ]
+    lost = [seed for seed, run in enumerate(found) if run.stopped]
+    if not 0 < len(lost) < 4:
+        pytest.fail(f"the case does not separate the seeds: {lost}")
+    both = fit(BPTT(), task=task, steps=2, seeds=tuple(range(4)), optimizer=gl.Optimizer("sgd", learning_rate=1e5))
+    assert both.history["loss"].shape == (4, 2)
+    assert both.stopped is not None and [s for s in range(4) if f"seed {s}" in both.stopped] == lost
+
+
+def test_a_plain_function_is_a_task_and_an_optax_transformation_an_optimizer(x64):
+    plain = fit(OSTL(), task=TASK.batch, optimizer=optax.sgd(0.1))
+    close(plain.params, fit(OSTL()).params)
+
+
+class TwoThings:
+    def batch(self, key, size):
+        return jnp.zeros((T, size, INPUTS)), jnp.zeros((size, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"rule": BPTT(), "update": "step"}, ValueError, "BPTT has no streaming form.*OSTL, OTPE or OTTT"),
+        ({"rule": BPTT(), "form": "streaming"}, ValueError, 'BPTT has no streaming form.*form="adjoint"'),
+        (
+            {"loss": gl.Accumulated(optax.softmax_cross_entropy), "update": "step"},
+            ValueError,
+            "Accumulated is known only at",
+        ),
+        ({"update": "epoch"}, ValueError, "update='epoch': choose \"sequence\""),
+        ({"form": "forward"}, ValueError, "form='forward': choose \"adjoint\""),
+        ({"steps": 0}, ValueError, "steps=0.*at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size=0.*at least 1"),
+        ({"probe_every": 0}, ValueError, "probe_every=0.*at least 1"),
+        ({"seeds": ()}, ValueError, r"seeds=\(\): give a list of different whole numbers"),
+        ({"seeds": 3}, ValueError, "seeds=3"),
+        ({"seeds": (1, 1)}, ValueError, r"seeds=\(1, 1\)"),
+        ({"rule": OSTL}, TypeError, "is not a rule: give instances"),
+        ({"optimizer": "adam"}, TypeError, "optimizer is 'adam': give gl.Optimizer"),
+        ({"optimizer": optax.adam}, TypeError, "optimizer is <function adam"),
+        ({"task": 5}, TypeError, r"task is 5: give an object with batch\(key, size\)"),
+        ({"task": TwoThings()}, TypeError, "the task's batch is a tuple: return gl.Batch"),
+        ({"params": {"layer_0": {}}}, ValueError, "params lack layer_0/connection/bias"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(settings, error, words):
+    with pytest.raises(error, match=words):
+        fit(**({"rule": OSTL()} | settings))
+
+
+def test_accumulated_losses_train_deferred(x64):
+    loss = gl.Accumulated(optax.softmax_cross_entropy)
+    run = fit(BPTT(), loss=loss, steps=1)
+    params, batches = begun(NET, TASK, 0, 4)
+    gradient = gl.gradients(NET, params, batches[0], loss, [BPTT(form="autodiff")], jax.random.key(0))
+    close(run.params_of(0), jax.tree.map(lambda p, g: p - 0.1 * g, params, next(iter(gradient.values()))))
