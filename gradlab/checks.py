@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from gradlab.losses import Batch, Loss
-from gradlab.network import Network, Params, fresh, is_hashable, require_sequence
+from gradlab.modules import is_hashable
+from gradlab.network import Network, Params, fresh, require_sequence
 
 
 def check(net: Network, params: Params, batch: Batch, loss: Loss) -> tuple[Params, Batch]:

@@ -15,7 +15,8 @@ from jax import Array
 from gradlab import plan
 from gradlab.checks import check
 from gradlab.losses import Batch, Loss, spike_count_accuracy
-from gradlab.network import Network, Params, is_hashable
+from gradlab.modules import is_hashable
+from gradlab.network import Network, Params
 from gradlab.rules.base import Estimate, Rule, Shapes
 from gradlab.rules.bptt import BPTT
 from gradlab.tape import Tape, jacobians, record

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     mask: Array | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Loss(abc.ABC):
     """A loss over a batch of sequences: called on outputs [time, batch, units] and a `Batch` it gives a scalar."""
 
@@ -46,6 +46,12 @@ class Loss(abc.ABC):
             raise ValueError(
                 f'{type(self).__name__}(time={self.time!r}): choose "mean" or "sum" over the steps that count'
             )
+
+    def __repr__(self) -> str:
+        # Not the dataclass's: a function prints with its address in memory, which differs in every process.
+        shown = [getattr(self.function, "__name__", repr(self.function))]
+        shown += [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "function"]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @abc.abstractmethod
     def __call__(self, outputs: Array, batch: Batch) -> Array:
@@ -117,7 +123,7 @@ class Loss(abc.ABC):
             )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PerStep(Loss):
     """A loss at every time step, from any optax loss: the only form that an online learner can see.
 
@@ -151,7 +157,7 @@ class PerStep(Loss):
         return jnp.sum(weight * self._evaluate(outputs, targets, weight.ndim))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Accumulated(Loss):
     """A loss on the outputs summed over time, known only at the end of the sequence.
 

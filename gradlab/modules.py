@@ -195,3 +195,12 @@ def _same(a: Any, b: Any) -> bool:
         return bool(a == b)
     except Exception:
         return False
+
+
+def is_hashable(*values: Any) -> bool:
+    """True when the values can be static arguments of a compiled function."""
+    try:
+        hash(values)
+    except TypeError:
+        return False
+    return True

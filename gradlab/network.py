@@ -23,6 +23,7 @@ from gradlab.modules import (
     init_chain,
     init_extra,
     init_neuron,
+    is_hashable,
     refuse_mixing,
     refuse_part,
     rest,
@@ -82,7 +83,8 @@ class Network:
                 randomness, or keeps variables other than parameters.
         """
         require_sequence(inputs)
-        x = jnp.zeros(inputs.shape[1:], jnp.result_type(inputs))
+        inputs = jnp.asarray(inputs)
+        x = jnp.zeros(inputs.shape[1:], inputs.dtype)
         # Compiled as one: some hundred small operations would each be compiled alone.
         params = _jitted_fresh(self, key, x) if is_hashable(self) else jax.jit(partial(fresh, self))(key, x)
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
@@ -265,15 +267,6 @@ _jitted_fresh = jax.jit(fresh, static_argnums=0)
 
 
 _jitted_outputs = jax.jit(Network._outputs_of_step, static_argnums=0)
-
-
-def is_hashable(*values: Any) -> bool:
-    """True when the values can be static arguments of a compiled function."""
-    try:
-        hash(values)
-    except TypeError:
-        return False
-    return True
 
 
 def _sum(arrays: Sequence[Array]) -> Array:

@@ -48,9 +48,9 @@ def is_cyclic(net: Network, block: tuple[int, ...]) -> bool:
 
 
 def chunk_size(n_steps: int) -> int:
-    """50 or fewer steps: one chunk. More: the largest divisor from 10 to 25 that gives three chunks or more, or about 20
-    with a shorter last chunk.
+    """Steps per chunk: all of 50 or fewer; of more, the largest divisor from 10 to 25 that gives three chunks or more.
 
+    Without such a divisor about 20, with a shorter last chunk.
     Never two chunks: XLA's CPU compiler treats a loop of two rounds in a way that made it 2.5 times slower (measured).
     """
     if n_steps <= 50:

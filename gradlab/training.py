@@ -21,7 +21,8 @@ from gradlab.checks import check
 from gradlab.engine import rule_names, shapes_of
 from gradlab.factories import Optimizer
 from gradlab.losses import Batch, Loss, PerStep
-from gradlab.network import Network, Params, is_hashable
+from gradlab.modules import is_hashable
+from gradlab.network import Network, Params
 from gradlab.online import online_sequence
 from gradlab.rules.base import Rule, Shapes, StreamingRule
 from gradlab.tape import record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,9 @@ import gradlab as gl
 from gradlab import plan
 
 LOWEST, HIGHEST = 0.05, 0.6
+
+run_compiled = jax.jit(plan.run, static_argnums=0)
+"""`plan.run`, compiled once per network and shape for all tests."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +37,15 @@ def trains(shape, seed=0, rate=0.4, dtype=jnp.float32):
     return (jax.random.uniform(jax.random.key(seed), shape) < rate).astype(dtype)
 
 
+def stack(links=None):
+    """Three layers, 5 - 6 - 4 - 3 units, with whatever links."""
+    layers = [nn.Dense(6), gl.LIF(beta=0.8), nn.Dense(4), gl.ALIF(beta=0.7, threshold=0.8), nn.Dense(3), gl.LI(0.9)]
+    return gl.connect(layers, links=links)
+
+
 def rates(net, params, inputs):
     """Layer -> share of its steps on which it fires, for the spiking layers."""
-    records = jax.jit(lambda p: plan.run(net, p, inputs)[1])(params)
+    records = run_compiled(net, params, inputs)[1]
     spiking = [k for k, neuron in enumerate(net.neurons) if getattr(neuron, "spiking", False)]
     return {layer: float(records[layer].output.mean()) for layer in spiking}
 
@@ -48,19 +58,15 @@ def assert_alive(net, params, inputs):
 
 def living(net, inputs, seed=0):
     """Parameters under which every spiking layer is alive, biases drawn: the first of a few seeds that gives some."""
-    run = jax.jit(lambda p: plan.run(net, p, inputs)[1])
-    spiking = [k for k, neuron in enumerate(net.neurons) if getattr(neuron, "spiking", False)]
-    init = jax.jit(lambda key: net.init(key, inputs))
     for trial in range(seed, seed + 30):
-        leaves, structure = jax.tree.flatten(init(jax.random.key(trial)))
+        leaves, structure = jax.tree.flatten(net.init(jax.random.key(trial), inputs))
         random = np.random.default_rng(trial)
         drawn = [
             leaf * 1.5 if leaf.ndim > 1 else leaf + jnp.asarray(random.uniform(0.0, 0.4, leaf.shape), leaf.dtype)
             for leaf in leaves
         ]
         params = jax.tree.unflatten(structure, drawn)
-        records = run(params)
-        if all(LOWEST <= float(records[k].output.mean()) <= HIGHEST for k in spiking):
+        if all(LOWEST <= rate <= HIGHEST for rate in rates(net, params, inputs).values()):
             return params
     raise AssertionError(f"no seed from {seed} on gives a living network: {rates(net, params, inputs)}")
 

@@ -41,9 +41,7 @@ def results(trained=("BPTT",), seeds=3):
                             )
                 dead = 2.0 if train_rule == "SLTT" and step >= 20 else 0.0
                 for metric, value in (("accuracy", 0.2 + step / 60), ("silent_outputs", dead)):
-                    rows.append(
-                        {**base, "rule": "", "layer": "network", "metric": metric, "value": value, "flag": ""}
-                    )
+                    rows.append({**base, "rule": "", "layer": "network", "metric": metric, "value": value, "flag": ""})
                 rate = 0.0 if step in (10, 20) else 0.1
                 rows.append(
                     {

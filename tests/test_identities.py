@@ -34,10 +34,17 @@ LIFS = [f"lif-{reset}-{'detached' if detached else 'attached'}-forward" for rese
 SQUARES = [f"square-{index}" for index in range(6)]
 SPECIAL = ["feedback-skip", "trained-constants", "leak-per-unit", "mixed", "convolution"]
 EVERY = [*LIFS, *SQUARES, *SPECIAL]
+
+
+def networks(names: list[str]):
+    """Tests on one network share its gradients, so that parallel runs keep them together."""
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names])
+
+
 LAST = 2
 
 
-@pytest.mark.parametrize("name", EVERY)
+@networks(EVERY)
 def test_backpropagation_three_ways(name: str):
     found = deferred(name)
     assert_equal(found["BPTT"], found["BPTT(form=autodiff)"])
@@ -45,7 +52,7 @@ def test_backpropagation_three_ways(name: str):
     assert_differs(found["OSTL"], found["BPTT"])
 
 
-@pytest.mark.parametrize("name", EVERY)
+@networks(EVERY)
 def test_streaming_equals_adjoint(name: str):
     found, streams = deferred(name), streamed(name)
     assert {"OSTL", "SLTT", "RTRL", "FPTT"} <= set(streams)
@@ -54,7 +61,7 @@ def test_streaming_equals_adjoint(name: str):
     assert_differs(streams["SLTT"], found["OSTL"])
 
 
-@pytest.mark.parametrize("name", EVERY)
+@networks(EVERY)
 def test_truncation_at_its_ends(name: str):
     found = deferred(name)
     assert_equal(found["TBPTT"], found["BPTT"])  # blocks of 10 steps, 9 steps in all
@@ -65,7 +72,7 @@ def test_truncation_at_its_ends(name: str):
     assert_differs(found["FPTT"], found["SLTT"])
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if n != "feedback-skip"])
+@networks([n for n in EVERY if n != "feedback-skip"])
 def test_ostl_and_otpe_are_exact_in_the_output_layer(name: str):
     found = deferred(name)
     for rule in {"OSTL", "OTPE"} & set(found):
@@ -87,7 +94,7 @@ def test_one_layer_is_exact_with_its_own_recurrence_in_the_trace(own: str):
     (assert_equal if own == "full" else assert_differs)(found[name], found["BPTT"])
 
 
-@pytest.mark.parametrize("name", LIFS)
+@networks(LIFS)
 def test_ottt_equals_ostl_exactly_when_the_reset_leaves_the_leak_alone(name: str):
     found = deferred(name)
     same = "none" in name or "subtract-detached" in name
@@ -169,7 +176,7 @@ def test_full_recurrent_trace_with_the_read_outs_memory_is_bptt():
     assert_equal(streams_of(on, [exact])[exact.name], found["BPTT"])
 
 
-@pytest.mark.parametrize("name", ["lif-subtract-attached-forward", "lif-zero-attached-forward"])
+@networks(["lif-subtract-attached-forward", "lif-zero-attached-forward"])
 def test_front_otpe_is_exact_for_its_own_loss_in_the_output_layer(name: str):
     on = built(name)
     leak = on.net.neurons[-1].beta
@@ -185,7 +192,7 @@ def test_front_otpe_is_exact_for_its_own_loss_in_the_output_layer(name: str):
     assert_differs(found["FrontOTPE"], part(jax.grad(front_loss)(on.params), 1))
 
 
-@pytest.mark.parametrize("name", ["square-1", "square-2", "square-3", *SPECIAL])
+@networks(["square-1", "square-2", "square-3", *SPECIAL])
 def test_ostl_equals_its_stop_gradient_twin(name: str):
     on, found = built(name), deferred(name)
     assert_equal(found["OSTL"], twins.ostl(on))
@@ -196,16 +203,14 @@ def test_ostl_equals_its_stop_gradient_twin(name: str):
         assert_differs(found["OSTL(own=full)"], found["OSTL"])
 
 
-@pytest.mark.parametrize(
-    "name", ["square-0", "square-1", "leak-per-unit", "mixed"]
-)
+@networks(["square-0", "square-1", "leak-per-unit", "mixed"])
 def test_ottt_equals_its_stop_gradient_twin(name: str):
     found = deferred(name)
     assert_equal(found["OTTT"], twins.ottt(built(name)))
     assert_differs(found["OTTT"], found["OSTL"])
 
 
-@pytest.mark.parametrize("name", ["lif-zero-attached-forward", "mixed", "convolution"])
+@networks(["lif-zero-attached-forward", "mixed", "convolution"])
 def test_otpe_in_the_last_hidden_layer_equals_its_twin(name: str):
     found = deferred(name)
     assert_equal(found["OTPE"], twins.otpe_last_hidden(built(name)))

@@ -28,9 +28,7 @@ def tree(seed, lead=()):
     shapes = {"kernel": (5, 3), "bias": (3,)}
     return {
         "layer_0": {
-            "connection": {
-                name: jnp.asarray(rng.normal(size=lead + shape)) for name, shape in shapes.items()
-            },
+            "connection": {name: jnp.asarray(rng.normal(size=lead + shape)) for name, shape in shapes.items()},
             "neuron": {"leak": jnp.asarray(rng.normal(size=(*lead, 3)))},
         },
         "layer_1": {"connection": {"kernel": jnp.asarray(rng.normal(size=(*lead, 2, 3, 4, 5)))}},
@@ -112,9 +110,7 @@ def test_layer_and_no_normalisation():
         weights = np.linalg.norm(params[name]["connection"]["kernel"])
         assert np.linalg.norm(by_layer.x[name]["connection"]["kernel"]) == pytest.approx(weights)
         assert np.linalg.norm(free.x[name]["connection"]["kernel"]) != pytest.approx(weights)
-    assert np.abs(flat(free.x) @ flat(free.y)) < 0.5 * np.linalg.norm(flat(free.x)) * np.linalg.norm(
-        flat(free.y)
-    )
+    assert np.abs(flat(free.x) @ flat(free.y)) < 0.5 * np.linalg.norm(flat(free.x)) * np.linalg.norm(flat(free.y))
 
 
 def test_pca_plane_holds_a_planar_trajectory():
@@ -147,9 +143,7 @@ def test_quadratic_loss_gives_the_exact_paraboloid():
     A, B = np.meshgrid(a, b)
     exact = o @ o + 2 * A * (o @ x) + 2 * B * (o @ y) + A**2 * (x @ x) + B**2 * (y @ y) + 2 * A * B * (x @ y)
     np.testing.assert_allclose(ground.loss, exact, rtol=1e-12)
-    assert not np.allclose(
-        ground.loss[:4, :4], ground.loss[:4, :4].T
-    )  # negative control: a transposed grid differs
+    assert not np.allclose(ground.loss[:4, :4], ground.loss[:4, :4].T)  # negative control: a transposed grid differs
     np.testing.assert_allclose(surface(loss, plane, a, b, batch_size=5).loss, exact, rtol=1e-12)
 
 

@@ -104,9 +104,7 @@ def test_save_writes_whole_files(tmp_path, summary):
 
 def test_trace_draws_the_means_and_the_bands(summary):
     ax = plots.similarity_trace(summary, "cosine", "network")
-    rows = summary[
-        (summary["metric"] == "cosine") & (summary["layer"] == "network") & (summary["rule"] == "OTTT")
-    ]
+    rows = summary[(summary["metric"] == "cosine") & (summary["layer"] == "network") & (summary["rule"] == "OTTT")]
     line = next(line for line in lines_of(ax, "OTTT") if len(line.get_xdata()) == len(STEPS))
     np.testing.assert_array_equal(line.get_ydata(), rows["mean"])
     heights = ax.collections[1].get_paths()[0].vertices[:, 1]
@@ -218,10 +216,7 @@ def test_path_losses_shows_truth_and_surface():
 def test_functions_draw_where_they_are_told(summary):
     with style.style("nature", 2):
         figure, (left, right) = style.new_figure(1, 2)
-        assert (
-            plots.similarity_trace(summary, ax=left) is left
-            and plots.landscape(small_landscape(), right) is right
-        )
+        assert plots.similarity_trace(summary, ax=left) is left and plots.landscape(small_landscape(), right) is right
     assert left.get_legend() is not None and not figure.legends
     style.to_bytes(figure, dpi=50)
 

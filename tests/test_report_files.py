@@ -22,18 +22,11 @@ def summary():
 def test_similarity_table_has_intervals_and_warnings(tmp_path):
     table = tables.similarity_table(results(), step=30)
     row = table[(table["rule"] == "OTTT") & (table["layer"] == "network")].iloc[0]
-    values = results().query("rule == 'OTTT' and layer == 'network' and metric == 'cosine' and step == 30")[
-        "value"
-    ]
-    assert (
-        row["cosine"] == pytest.approx(values.mean())
-        and row["cosine_low"] < row["cosine"] < row["cosine_high"]
-    )
+    values = results().query("rule == 'OTTT' and layer == 'network' and metric == 'cosine' and step == 30")["value"]
+    assert row["cosine"] == pytest.approx(values.mean()) and row["cosine_low"] < row["cosine"] < row["cosine_high"]
     assert row["warning"] == "" and row["seeds"] == 3
     lost = table[(table["rule"] == "OTTT") & (table["layer"] == "layer_1")].iloc[0]
-    assert (
-        lost["seeds"] == 2 and lost["warning"] == f"cosine, norm_ratio undefined for 1 of 3 seeds ({SILENT})"
-    )
+    assert lost["seeds"] == 2 and lost["warning"] == f"cosine, norm_ratio undefined for 1 of 3 seeds ({SILENT})"
     dead = tables.similarity_table(results(), step=20)
     dead = dead[dead["layer"] == "layer_0"]
     assert dead["cosine"].isna().all() and dead["warning"].str.contains("layer silent in 3 seeds").all()
@@ -49,9 +42,7 @@ def test_similarity_table_has_intervals_and_warnings(tmp_path):
 def test_training_table_warns_of_silent_outputs():
     table = tables.training_table(results(RULES)).set_index("train_rule")
     assert table.loc["SLTT", "warning"] == "silent outputs: accuracy does not compare"
-    assert table.loc["OTTT", "warning"] == "" and table.loc["OTTT", "accuracy"] == pytest.approx(
-        0.2 + 40 / 60
-    )
+    assert table.loc["OTTT", "warning"] == "" and table.loc["OTTT", "accuracy"] == pytest.approx(0.2 + 40 / 60)
     with pytest.raises(ValueError, match="none of the metrics speed"):
         tables.training_table(results(), metrics=["speed"])
 
@@ -118,9 +109,7 @@ def test_report_is_one_file_that_asks_for_nothing(tmp_path, summary):
         inner,
     ]
     sections = [html.Section("Results", blocks), html.Section("Results", [html.Facts({nasty: nasty})])]
-    path = html.write_report(
-        tmp_path / "report.html", nasty, sections, subtitle=nasty, provenance={"jax": "1.2"}
-    )
+    path = html.write_report(tmp_path / "report.html", nasty, sections, subtitle=nasty, provenance={"jax": "1.2"})
     page = read(path)
     names = [tag for tag, _ in page.tags]
     assert not {"script", "link", "iframe", "object"} & set(names)
@@ -128,19 +117,13 @@ def test_report_is_one_file_that_asks_for_nothing(tmp_path, summary):
         assert not {"onclick", "onerror", "onload"} & set(attributes)
         for key in ("src", "href"):
             assert attributes.get(key, "#").startswith(("#", "data:image/png;base64,"))
-    assert (
-        "http://" not in path.read_text()
-        and "https://" not in path.read_text()
-        and "url(" not in path.read_text()
-    )
+    assert "http://" not in path.read_text() and "https://" not in path.read_text() and "url(" not in path.read_text()
     anchors = [a["id"] for tag, a in page.tags if tag == "section"]
     links = [a["href"][1:] for tag, a in page.tags if tag == "a"]
     assert anchors == links == ["results", "details", "results-2", "provenance"]
     said = "".join(page.text)
     assert said.count(nasty) == 9 and "a < b" in said and "undefined for 1 of 3 seeds" in said
-    assert names.count("img") == 1 and [a["alt"] for tag, a in page.tags if tag == "img"] == [
-        f"caption {nasty}"
-    ]
+    assert names.count("img") == 1 and [a["alt"] for tag, a in page.tags if tag == "img"] == [f"caption {nasty}"]
 
 
 def test_equal_reports_have_equal_bytes_and_bad_blocks_are_refused(tmp_path):

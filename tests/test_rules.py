@@ -83,10 +83,11 @@ def _checks():
 
         names = [check.name for check in check_rule(rule, oracle=oracle, variants=variants, exempt=exempt)]
         for index, name in enumerate(names):
-            yield pytest.param(rule, built, oracle, variants, exempt, index, id=f"{rule.name}-{name}")
+            group = pytest.mark.xdist_group(rule.name)
+            yield pytest.param(rule, built, oracle, variants, exempt, index, id=f"{rule.name}-{name}", marks=group)
 
 
-@pytest.mark.parametrize(("rule", "built", "oracle", "variants", "exempt", "index"), _checks())
+@pytest.mark.parametrize(("rule", "built", "oracle", "variants", "exempt", "index"), list(_checks()))
 def test_rule(rule, built, oracle, variants, exempt, index):
     check_rule(rule, built(), oracle, variants, exempt)[index]()
 

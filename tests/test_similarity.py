@@ -41,16 +41,12 @@ def test_student_interval_covers_as_often_as_it_says():
     table = summarise(table)
     covered = ((table["low"] < 0) & (table["high"] > 0)).mean()
     assert covered == pytest.approx(0.95, abs=0.015)
-    spread = (
-        draws.max(axis=1) * draws.min(axis=1) < 0
-    )  # negative control: what a bootstrap of three seeds amounts to
+    spread = draws.max(axis=1) * draws.min(axis=1) < 0  # negative control: what a bootstrap of three seeds amounts to
     assert spread.mean() < 0.8
 
 
 def test_undefined_values_are_counted_and_explained_never_averaged():
-    data = frame(
-        [0.5, np.nan, 0.7, 9.0, np.nan], flags=["", "layer_0 is silent", "", "layer_0 is silent", ""]
-    )
+    data = frame([0.5, np.nan, 0.7, 9.0, np.nan], flags=["", "layer_0 is silent", "", "layer_0 is silent", ""])
     row = summarise(data).iloc[0]
     assert row["mean"] == pytest.approx(0.6) and (row["n"], row["n_undefined"]) == (2, 3)
     assert row["reason"] == f"layer_0 is silent; {NO_REASON}"
@@ -118,9 +114,7 @@ def test_paired_difference_pairs_by_seed_and_keeps_reasons():
     assert (row["n"], row["n_undefined"]) == (2, 1) and "BPTT: it was not measured" in row["reason"]
     # A difference is not a cosine: its interval is not cut at -1 and 1.
     assert (
-        paired_difference(pd.concat([frame([-1, -1, 0.9], rule="BPTT"), frame([1, 1, 0.0])]), "BPTT").iloc[0][
-            "high"
-        ]
+        paired_difference(pd.concat([frame([-1, -1, 0.9], rule="BPTT"), frame([1, 1, 0.0])]), "BPTT").iloc[0]["high"]
         > 1
     )
     with pytest.raises(ValueError, match="'OSTL'"):

@@ -119,9 +119,7 @@ def surface(
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.ndim != 1 or b.ndim != 1 or not a.size or not b.size:
-        raise ValueError(
-            f"a and b must be vectors with at least one entry; their shapes are {a.shape} and {b.shape}"
-        )
+        raise ValueError(f"a and b must be vectors with at least one entry; their shapes are {a.shape} and {b.shape}")
     grid_b, grid_a = np.meshgrid(b, a, indexing="ij")
     points = jnp.asarray(np.stack([grid_a.ravel(), grid_b.ravel()], axis=1))
 
@@ -139,9 +137,7 @@ def surface(
 
 def losses_along(loss_of_params: Loss, trajectory: Params, batch_size: int | None = None) -> np.ndarray:
     """The true loss at each checkpoint of a trajectory (one leading axis): [checkpoints]."""
-    evaluate = jax.jit(
-        lambda run: jax.lax.map(lambda p: _scalar(loss_of_params(p)), run, batch_size=batch_size)
-    )
+    evaluate = jax.jit(lambda run: jax.lax.map(lambda p: _scalar(loss_of_params(p)), run, batch_size=batch_size))
     return np.asarray(evaluate(jax.tree_util.tree_map(jnp.asarray, trajectory)), dtype=np.float64)
 
 

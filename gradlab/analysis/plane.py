@@ -233,9 +233,7 @@ def leading_axes(origin: Params, params: Params, what: str) -> tuple[int, ...]:
 
 
 def _flat(tree: Params) -> np.ndarray:
-    return np.concatenate(
-        [np.asarray(leaf, dtype=np.float64).ravel() for leaf in jax.tree_util.tree_leaves(tree)]
-    )
+    return np.concatenate([np.asarray(leaf, dtype=np.float64).ravel() for leaf in jax.tree_util.tree_leaves(tree)])
 
 
 def _displacements(origin: Params, params: Params) -> np.ndarray:

@@ -172,9 +172,7 @@ def paired_difference(
     both = frame[~is_reference].merge(reference, on=pair, how="left", suffixes=("", "_reference"))
     if both.empty:
         raise ValueError(f"the frame holds no rule but the reference {reference_rule!r}")
-    theirs = (
-        both["flag_reference"].astype(object).where(both["flag_reference"].notna(), "it was not measured")
-    )
+    theirs = both["flag_reference"].astype(object).where(both["flag_reference"].notna(), "it was not measured")
     reason = np.where(theirs != "", f"{reference_rule}: " + theirs, "")
     both["flag"] = np.where(both["flag"] != "", both["flag"], reason)
     both["value"] = both["value"] - both["value_reference"]
@@ -226,9 +224,7 @@ def _refuse_repeated_seeds(frame: pd.DataFrame, by: list[str]) -> None:
     raise ValueError(f"{len(same)} rows of one seed fall into one group ({where}): {way_out}")
 
 
-def _bootstrap(
-    table: pd.DataFrame, column: Any, level: float, n_boot: int, generator: np.random.Generator
-) -> None:
+def _bootstrap(table: pd.DataFrame, column: Any, level: float, n_boot: int, generator: np.random.Generator) -> None:
     draws: dict[int, np.ndarray] = {}
     for key, values in column:
         sample = values.dropna().to_numpy()

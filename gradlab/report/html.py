@@ -100,9 +100,7 @@ def write_report(
     names = _names(sections)
     body = "".join(_section(section, 2, names) for section in sections)
     lead = f'<p class="subtitle">{escape(subtitle)}</p>' if subtitle else ""
-    contents = (
-        f'<nav aria-label="Contents"><h2>Contents</h2>{_contents(sections, names)}</nav>' if sections else ""
-    )
+    contents = f'<nav aria-label="Contents"><h2>Contents</h2>{_contents(sections, names)}</nav>' if sections else ""
     page = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -152,12 +150,9 @@ def _contents(sections: Sequence[Section], names: dict[int, str]) -> str:
 def _section(section: Section, level: int, names: dict[int, str]) -> str:
     tag = f"h{min(level, 6)}"
     blocks = "".join(
-        _section(block, level + 1, names) if isinstance(block, Section) else _block(block)
-        for block in section.blocks
+        _section(block, level + 1, names) if isinstance(block, Section) else _block(block) for block in section.blocks
     )
-    return (
-        f'<section id="{names[id(section)]}">\n<{tag}>{escape(section.title)}</{tag}>\n{blocks}</section>\n'
-    )
+    return f'<section id="{names[id(section)]}">\n<{tag}>{escape(section.title)}</{tag}>\n{blocks}</section>\n'
 
 
 def _block(block: object) -> str:
@@ -168,21 +163,14 @@ def _block(block: object) -> str:
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, Facts):
-        rows = (
-            f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>"
-            for name, value in block.items.items()
-        )
+        rows = (f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in block.items.items())
         return f"<dl>{''.join(rows)}</dl>\n"
     if isinstance(block, Listing):
         text = f"<pre>{escape(block.text)}</pre>"
         return (
-            f"<details><summary>{escape(block.summary)}</summary>{text}</details>\n"
-            if block.summary
-            else f"{text}\n"
+            f"<details><summary>{escape(block.summary)}</summary>{text}</details>\n" if block.summary else f"{text}\n"
         )
-    raise TypeError(
-        f"a section holds text, Figure, Table, Facts, Listing or Section, not {type(block).__name__}"
-    )
+    raise TypeError(f"a section holds text, Figure, Table, Facts, Listing or Section, not {type(block).__name__}")
 
 
 def _figure(figure: Figure) -> str:
@@ -206,9 +194,7 @@ def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(str(name).replace("_", " "))}</th>' for name in frame.columns)
     rows = []
     for row in frame.itertuples(index=False):
-        warned = (
-            ' class="warned"' if "warning" in frame.columns and row[frame.columns.get_loc("warning")] else ""
-        )
+        warned = ' class="warned"' if "warning" in frame.columns and row[frame.columns.get_loc("warning")] else ""
         rows.append(f"<tr{warned}>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>")
     return (
         f'<div class="wide"><table><caption>{escape(table.caption)}</caption><thead><tr>{head}</tr></thead>'
@@ -226,7 +212,7 @@ _STYLE = """
 #384049;
   --tint: #1d2329; --warn: #3a2f14; --link: #7ab8ff; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 58rem; color: var(--ink); background:
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; color: var(--ink); background:
 var(--paper);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }

@@ -43,7 +43,7 @@ def similarity_trace(
     *,
     reference: str = "BPTT",
     legend: bool = True,
-    log: bool = False,
+    log: bool | None = None,
 ) -> Axes:
     """A metric of the gradient over training: per rule, the mean line and the band of the interval.
 
@@ -53,14 +53,15 @@ def similarity_trace(
         ax: where to draw.
         reference: the rule that the metric compares with, for the label.
         legend: whether to draw the legend below the axes.
-        log: whether the vertical axis is logarithmic.
+        log: whether the vertical axis is logarithmic; None: it is for ratios of norms, which span orders of magnitude.
     """
     ax, alone = axes_for(ax)
-    handles, notes = _trace(ax, select(summary, metric=metric, layer=layer), metric)
+    rows = select(summary, metric=metric, layer=layer)
+    handles, notes = _trace(ax, rows, metric)
     ax.set(xlabel=_STEPS, ylabel=metric_label(metric, reference))
     ax.set_title(layer_label(layer), loc="left")
-    if log:
-        ax.set_yscale("log")
+    if metric == "norm_ratio" if log is None else log:
+        _logarithmic(ax, rows)
     if legend:
         finish(ax, alone, handles, notes)
     return ax
@@ -73,6 +74,7 @@ def similarity_panels(
     *,
     reference: str = "BPTT",
     columns: int = 2,
+    log: bool | None = None,
 ) -> Figure:
     """`similarity_trace` for several layers with one legend; by default the network and all whole layers."""
     rows = summary[summary["metric"] == metric]
@@ -88,6 +90,9 @@ def similarity_panels(
         entries |= {str(handle.get_label()): handle for handle in handles}
         notes += [note for note in here if note not in notes]
         ax.set_title(layer_label(layer), loc="left")
+    if metric == "norm_ratio" if log is None else log:
+        for ax in axes[: len(layers)]:
+            _logarithmic(ax, rows[rows["layer"].isin(layers)])
     for ax in axes[len(layers) :]:
         ax.set_axis_off()
     for i, ax in enumerate(axes[: len(layers)]):
@@ -118,9 +123,7 @@ def learning_curves(
         handles[-1].set_label(label)
         marked = marked or bool(void.any())
     if marked:
-        notes.append(
-            "hollow: outputs silent or classes never predicted, so not comparable (number: mean at the end)"
-        )
+        notes.append("hollow: outputs silent or classes never predicted, so not comparable (number: mean at the end)")
     notes += [f"missing: {reason}" for reason in dict.fromkeys(rows["reason"]) if reason]
     ax.set(xlabel=_STEPS, ylabel=metric_label(metric))
     if metric == "accuracy":
@@ -149,9 +152,7 @@ def _trace(ax: Axes, rows: pd.DataFrame, metric: str) -> tuple[list[Line2D], lis
     _hatch(ax, np.sort(rows["step"].unique()), everywhere)
     spread = rows.groupby("step")["mean"].agg(lambda means: means.max() - means.min()).max()
     if n_rules > 1 and spread < _SAME:
-        ax.text(
-            0.5, 0.5, f"all rules agree within {_SAME:g}", transform=ax.transAxes, ha="center", color="0.4"
-        )
+        ax.text(0.5, 0.5, f"all rules agree within {_SAME:g}", transform=ax.transAxes, ha="center", color="0.4")
     if everywhere:
         notes.append(f"hatched: undefined ({_reasons(undefined[undefined['step'].isin(everywhere)])})")
     alone = undefined[~undefined["step"].isin(everywhere)]
@@ -162,19 +163,23 @@ def _trace(ax: Axes, rows: pd.DataFrame, metric: str) -> tuple[list[Line2D], lis
     return handles, notes
 
 
+def _logarithmic(ax: Axes, rows: pd.DataFrame) -> None:
+    """A logarithmic axis around the means: an interval that reaches down to zero would push them to the top."""
+    positive = rows["mean"][rows["mean"] > 0]
+    if len(positive):
+        ax.set_yscale("log")
+        ax.set_ylim(positive.min() / 2, positive.max() * 2)
+
+
 def _line(ax: Axes, part: pd.DataFrame, rule: str, hollow: np.ndarray) -> Line2D:
     look = rule_style(rule)
     step, mean = part["step"].to_numpy(), part["mean"].to_numpy()
-    ax.fill_between(
-        step, part["low"].to_numpy(), part["high"].to_numpy(), color=look.color, alpha=0.15, linewidth=0
-    )
+    ax.fill_between(step, part["low"].to_numpy(), part["high"].to_numpy(), color=look.color, alpha=0.15, linewidth=0)
     ax.plot(step, mean, color=look.color, linestyle=look.line)
     shown = np.zeros(len(step), dtype=bool)
     shown[:: max(1, len(step) // 10)] = True  # a marker on every point would hide the line
     for mask, face in ((shown & ~hollow, look.color), (hollow, "white")):
-        ax.plot(
-            step[mask], mean[mask], look.marker, color=look.color, markerfacecolor=face, markeredgewidth=0.7
-        )
+        ax.plot(step[mask], mean[mask], look.marker, color=look.color, markerfacecolor=face, markeredgewidth=0.7)
     return Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, label=rule)
 
 

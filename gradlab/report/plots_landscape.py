@@ -70,15 +70,11 @@ def landscape(
         ax.set_title("hatched: the loss is not a number", loc="left")
     if legend and handles:
         note = "ring: start; star: end; fill of a point: the true loss there"
-        finish(
-            ax, alone, handles, [note, "percent: share of the squared displacement"], columns=1, height=2.5
-        )
+        finish(ax, alone, handles, [note, "percent: share of the squared displacement"], columns=1, height=2.5)
     return ax
 
 
-def path_losses(
-    landscape: Landscape, ax: Axes | None = None, *, label: str = "loss", legend: bool = True
-) -> Axes:
+def path_losses(landscape: Landscape, ax: Axes | None = None, *, label: str = "loss", legend: bool = True) -> Axes:
     """The true loss along each path (line) and the loss of the surface below its projection (thin, dotted).
 
     Where the two part, the plane does not show the loss that training saw.
@@ -146,9 +142,7 @@ def _path(ax: Axes, landscape: Landscape, name: str, norm: Normalize, colors: Co
     )
     share = f"{_percent(landscape.captured[name])} in the plane"
     text = f"{name}: {share}, loss {true[0]:.3g} to {true[-1]:.3g}"
-    return Line2D(
-        [], [], color=look.color, linestyle=look.line, marker=look.marker, markerfacecolor="none", label=text
-    )
+    return Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, markerfacecolor="none", label=text)
 
 
 def _percent(share: float) -> str:

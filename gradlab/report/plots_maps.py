@@ -77,9 +77,7 @@ def _heat_map(
     image = ax.imshow(np.ma.masked_invalid(values), norm=norm, cmap=colors, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if np.isnan(value):
-            box = Rectangle(
-                (j - 0.5, i - 0.5), 1, 1, facecolor="none", hatch="////", edgecolor="0.7", linewidth=0
-            )
+            box = Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor="none", hatch="////", edgecolor="0.7", linewidth=0)
             ax.add_patch(box)
             continue
         red, green, blue, _ = image.cmap(norm(value))

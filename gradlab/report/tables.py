@@ -52,9 +52,7 @@ def similarity_table(
     at = _at_step(frame, step, metrics)
     layers = whole_layers(at[at["metric"].isin(metrics)]) if layers is None else list(layers)
     rows = at[at["metric"].isin(metrics) & at["layer"].isin(layers)]
-    table = _wide(
-        summarise(rows, level=level, method=method), ["network", "train_rule", "rule", "layer"], metrics
-    )
+    table = _wide(summarise(rows, level=level, method=method), ["network", "train_rule", "rule", "layer"], metrics)
     health = _health(at)
     for i, row in table.iterrows():
         more = health.get((row["network"], row["train_rule"], row["layer"]), "")
@@ -84,9 +82,7 @@ def training_table(
         if metric in table.columns:
             dead = table[metric] > 0
             notes = f"{words}: accuracy does not compare"
-            table.loc[dead, "warning"] = [
-                f"{old}; {notes}".lstrip("; ") for old in table.loc[dead, "warning"]
-            ]
+            table.loc[dead, "warning"] = [f"{old}; {notes}".lstrip("; ") for old in table.loc[dead, "warning"]]
     return table
 
 
@@ -212,9 +208,7 @@ def _at_step(frame: pd.DataFrame, step: int | None, metrics: Sequence[str]) -> p
 
 def _wide(summary: pd.DataFrame, keys: list[str], metrics: Sequence[str]) -> pd.DataFrame:
     if "study" in summary.columns and summary["study"].nunique() > 1:
-        raise ValueError(
-            f"one table holds one study, not {', '.join(summary['study'].unique())}: select one first"
-        )
+        raise ValueError(f"one table holds one study, not {', '.join(summary['study'].unique())}: select one first")
     keys = [key for key in keys if key in summary.columns]
     rows = []
     for key, group in summary.groupby(keys, sort=False, dropna=False):

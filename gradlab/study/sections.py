@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from gradlab.modules import describe
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure as Drawing
 
+    from gradlab.network import Network
     from gradlab.report.html import Figure, Section
     from gradlab.study.summary import Results
 
@@ -59,7 +62,7 @@ def similarity(found: Results) -> Section:
     table = tables.similarity_table(gradients)
     tables.to_files(table, found.root / "tables" / "similarity")
     blocks: list[Any] = [
-        f"Cosine is the angle between a rule's gradient and that of {reference}; norm ratio is its length "
+        f"Cosine is that of the angle between a rule's gradient and that of {reference}; norm ratio is its length "
         f"over that of {reference}; relative error is the length of the difference over the length of "
         f"{reference}'s gradient. None of them says enough alone: a rule that is twice too long has a "
         "cosine of 1. Of one layer these compare that layer's weights; of the network, all weights at "
@@ -184,16 +187,14 @@ def _networks(found: Results) -> list[str]:
     return list(dict.fromkeys(cell.network for cell in found.cells))
 
 
-def _network(net: Any) -> str:
-    neurons = getattr(net, "neurons", None)
-    if neurons is None:
-        return str(net)
-    described = [" ".join(str(neuron).split()) for neuron in neurons]
-    widths = [str(getattr(link.connection, "features", link.connection)) for link in net.links]
-    return (
-        f"{len(neurons)} layers, connections of width {', '.join(widths)}; neurons: "
-        f"{'; '.join(dict.fromkeys(described))}"
-    )
+def _network(net: Network) -> str:
+    arrows = []
+    for link in net.links:
+        source = "input" if link.source < 0 else f"layer_{link.source}"
+        when = " (step before)" if link.delay else ""
+        neuron = f" + {describe(net.neurons[link.target])}" if link.name == "connection" else ""
+        arrows.append(f"{source}{when} -> layer_{link.target}: {describe(link.connection)}{neuron}")
+    return "; ".join(arrows)
 
 
 def _list(values: Any) -> str:

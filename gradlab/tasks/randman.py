@@ -207,9 +207,7 @@ class Randman:
             )
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise TypeError(f"Randman.values: labels are {labels.dtype}; give whole numbers")
-        if not isinstance(labels, jax.core.Tracer) and not bool(
-            jnp.all((labels >= 0) & (labels < self.classes))
-        ):
+        if not isinstance(labels, jax.core.Tracer) and not bool(jnp.all((labels >= 0) & (labels < self.classes))):
             raise ValueError(f"Randman.values: labels must lie in 0 ... {self.classes - 1}")
         return _values(self._manifolds(), x, labels)
 
@@ -314,9 +312,7 @@ def _bounds(m: _Manifolds) -> tuple[np.ndarray, np.ndarray]:
     points = np.stack(values).reshape(m.classes, _POINTS, m.copies, m.units)
     low, high = points.min(1), points.max(1)
     if not (high > low).all():
-        raise ValueError(
-            f"Randman(manifold_dim={m.dim}): so long a product of sums vanishes in float32; choose less"
-        )
+        raise ValueError(f"Randman(manifold_dim={m.dim}): so long a product of sums vanishes in float32; choose less")
     return low, high
 
 
