@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import SmoothSpike, assert_alive, close, differ, living, run_compiled, trains
+from helpers import SmoothSpike, assert_alive, close, differ, living, run_compiled, stack, trains
 
 import gradlab as gl
 from gradlab import plan
