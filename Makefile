@@ -5,7 +5,8 @@
 
 PYTHON ?= python3
 PROFILE ?= default
-PYTEST_FLAGS ?=
+# One process of tests per core, four at most: each takes about 1 GB. PYTEST_FLAGS= runs them one after the other.
+PYTEST_FLAGS ?= -n logical --maxprocesses 4 --dist loadgroup
 # Further options of `gradlab study`, for example ARGS="--workers 2".
 ARGS ?=
 
@@ -35,7 +36,7 @@ else
 	@$(BIN)/gradlab study "$(STUDY)" --profile "$(PROFILE)" $(ARGS)
 endif
 
-test: $(STAMP) ## run the fast tests (PYTEST_FLAGS="-n 2 -k tape")
+test: $(STAMP) ## run the fast tests (PYTEST_FLAGS="-k tape")
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 slow: $(STAMP) ## run the slow tests

@@ -1,4 +1,4 @@
-"""gradlab: how good is the gradient that a learning rule gives a spiking neural network, why, and does it matter for training?"""
+"""How good is the gradient that a learning rule gives a spiking neural network, and does it matter for training?"""
 
 from __future__ import annotations
 

@@ -52,8 +52,9 @@ def estimates(
             rules of one name, a state of no rule, or a rule that does not support the network or the loss, in its own
             words.
     """
-    params, batch = check(net, params, batch, loss)
     names = rule_names(rules)
+    params, batch = check(net, params, batch, loss)
+    _check_key(key)
     if unknown := sorted(set(states or {}) - set(names)):
         raise ValueError(f"states are given for {unknown}, but the rules are {names}")
     shapes = shapes_of(net, params, batch, loss)
@@ -97,6 +98,7 @@ def compare(
     from gradlab.comparison import Comparison
 
     reference = BPTT() if reference is None else reference
+    rule_names(rules)
     chosen = [reference, *(rule for rule in rules if rule != reference)]
     rule_names(chosen)
     params, batch = check(net, params, batch, loss)
@@ -113,21 +115,30 @@ def compare(
 def evaluate(net: Network, params: Params, batch: Batch, loss: Loss) -> dict[str, Any]:
     """Loss, accuracy and the network's health on a batch, as Python numbers.
 
-    Returns a dict with "loss"; "accuracy", "silent_outputs", "classes_never_predicted" and "undecided" where the
-    targets are
-    classes (`spike_count_accuracy`); and per layer, {layer: value}: "firing_rate" (mean output per step, spiking
-    layers),
-    "silent_units" and "saturated_units" (shares of units that fire in no step, or in every step, of the batch) and
-    "slope"
-    (mean surrogate slope D_t).
+    Steps that the mask leaves out count nowhere.
+
+    Returns:
+        A dict with "loss"; "accuracy", "silent_outputs", "classes_never_predicted" and "undecided" where the targets
+        are classes, that is integer labels or one-hot rows (`spike_count_accuracy`); and per spiking layer,
+        {layer: value}: "firing_rate" (mean output per step), "silent_units" and "saturated_units" (shares of units that
+        fire in no step, or in every step, of the batch) and "slope" (mean surrogate slope D_t).
     """
     params, batch = check(net, params, batch, loss)
-    found = jax.device_get(_evaluation(net, loss)(params, batch))
+    found = jax.device_get(_evaluation(net, loss, _are_classes(net, batch, loss))(params, batch))
     return jax.tree.map(lambda leaf: leaf.item() if hasattr(leaf, "item") else leaf, found)
+
+
+def _check_key(key: Any) -> None:
+    typed = isinstance(key, Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = isinstance(key, Array | np.ndarray) and key.dtype == jnp.uint32 and key.ndim == 1
+    if not typed and not raw:
+        raise TypeError(f"key={key!r}: give a random key, jax.random.key(0)")
 
 
 def rule_names(rules: Sequence[Rule]) -> list[str]:
     """The rules' names; two of the same name are refused, because one result would hide the other."""
+    if isinstance(rules, Rule):
+        raise TypeError(f"rules is one rule: give a list, [{rules.name}]")
     for rule in rules:
         if not isinstance(rule, Rule):
             raise TypeError(f"{rule!r} is not a rule: give instances, gl.rules.OSTL()")
@@ -170,25 +181,40 @@ def _run_rules(
 _jitted_rules = jax.jit(_run_rules, static_argnums=(0, 1, 2))
 
 
-def _evaluate(net: Network, loss: Loss, params: Params, batch: Batch) -> dict[str, Any]:
+def _are_classes(net: Network, batch: Batch, loss: Loss) -> bool:
+    """True when the targets are classes: integer labels, or rows of one-hot targets. Only known values can tell."""
+    targets = batch.targets
+    if getattr(loss, "targets_per_step", False):
+        return False
+    if jnp.issubdtype(targets.dtype, jnp.integer) and targets.ndim == 1:
+        return True
+    if isinstance(targets, jax.core.Tracer) or targets.ndim != 2 or targets.shape[1] < 2:
+        return False
+    with jax.ensure_compile_time_eval():
+        return bool(((targets == 0) | (targets == 1)).all() & (targets.sum(1) == 1).all())
+
+
+def _evaluate(net: Network, loss: Loss, classes: bool, params: Params, batch: Batch) -> dict[str, Any]:
     _, layers = plan.run(net, params, batch.inputs)
     output = layers[-1].output
     found: dict[str, Any] = {"loss": loss(output, batch)}
-    per_step = bool(getattr(loss, "targets_per_step", False))
-    classes = batch.targets.shape[1:] in ((), output.shape[2:])
-    if classes and not per_step and output.ndim == 3:
+    if classes and output.ndim == 3:
         found |= spike_count_accuracy(output, batch.targets, batch.mask)._asdict()
+    counted = jnp.ones(output.shape[:2], output.dtype) if batch.mask is None else batch.mask.astype(output.dtype)
     health: dict[str, dict[str, Array]] = {"firing_rate": {}, "silent_units": {}, "saturated_units": {}, "slope": {}}
     for index, (name, layer) in enumerate(zip(net.layer_names, layers, strict=True)):
         if getattr(net.neurons[index], "spiking", False):
-            health["firing_rate"][name] = layer.output.mean()
-            health["silent_units"][name] = jnp.mean(~jnp.any(layer.output != 0, axis=(0, 1)))
-            health["saturated_units"][name] = jnp.mean(jnp.all(layer.output != 0, axis=(0, 1)))
-            health["slope"][name] = jacobians(net, params, index, layer).D.mean()
+            counts = counted.reshape(*counted.shape, *(1,) * (layer.output.ndim - 2))
+            weights = counts / jnp.maximum(counted.sum(), 1.0)
+            fired = (layer.output != 0) & (counts > 0)
+            health["firing_rate"][name] = (layer.output * weights).sum((0, 1)).mean()
+            health["silent_units"][name] = jnp.mean(~jnp.any(fired, axis=(0, 1)))
+            health["saturated_units"][name] = jnp.mean(jnp.all(fired | (counts == 0), axis=(0, 1)))
+            health["slope"][name] = (jacobians(net, params, index, layer).D * weights).sum((0, 1)).mean()
     return found | health
 
 
-_jitted_evaluate = jax.jit(_evaluate, static_argnums=(0, 1))
+_jitted_evaluate = jax.jit(_evaluate, static_argnums=(0, 1, 2))
 
 
 def _compiled(net: Network, loss: Loss, rules: tuple[Rule, ...]) -> Any:
@@ -198,10 +224,7 @@ def _compiled(net: Network, loss: Loss, rules: tuple[Rule, ...]) -> Any:
     return jax.jit(partial(_run_rules, net, loss, rules))
 
 
-def _evaluation(net: Network, loss: Loss) -> Any:
-    return partial(_jitted_evaluate, net, loss) if is_hashable(net, loss) else jax.jit(partial(_evaluate, net, loss))
-
-
-def as_numpy(tree: Any) -> Any:
-    """The same pytree with NumPy leaves."""
-    return jax.tree.map(np.asarray, tree)
+def _evaluation(net: Network, loss: Loss, classes: bool) -> Any:
+    if is_hashable(net, loss):
+        return partial(_jitted_evaluate, net, loss, classes)
+    return jax.jit(partial(_evaluate, net, loss, classes))

@@ -181,7 +181,8 @@ class Accumulated(Loss):
 def _check_labels(labels: Any, units: tuple[int, ...]) -> None:
     if isinstance(labels, jax.core.Tracer):
         return
-    low, high = int(jnp.min(labels)), int(jnp.max(labels))
+    with jax.ensure_compile_time_eval():  # known labels are looked at also while a caller's function is compiled
+        low, high = int(jnp.min(labels)), int(jnp.max(labels))
     if low < 0 or high >= units[-1]:
         raise ValueError(
             f"integer targets run from {low} to {high}, but the network has {units[-1]} outputs: labels are 0 to "

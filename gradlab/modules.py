@@ -85,7 +85,7 @@ def init_extra(link: Link, key: Array, outputs: dict[int, Array], own: dict[str,
 
 def init_neuron(neuron: Any, key: Array, current: Array) -> tuple[Array, Any]:
     """A layer's output at rest, and the parameters of its neuron."""
-    for name in ("beta", "alpha", "threshold", "adaptation_decay"):
+    for name in ("beta", "alpha", "threshold", "adaptation_decay", "adaptation_strength"):
         constant = getattr(neuron, name, None)
         if isinstance(constant, tuple) and len(constant) != current.shape[-1]:
             raise ValueError(f"{describe(neuron)}: {name} has {len(constant)} values for {current.shape[-1]} units")
@@ -143,6 +143,31 @@ def refuse_mixing(link: Link, own: Any, key: Array, like: Array) -> None:
     # Another batch size may take another matrix product with other rounding, another neighbour may not.
     if fewer > 2e-2 or other > 1e-3:
         raise ValueError(f"{_where(link)} mixes the samples of a batch: chunked, batched and stepped runs would differ")
+
+
+def refuse_mixing_units(neuron: Any, own: Any, key: Array, like: Array) -> None:
+    """Refuse a `Neuron` whose units see each other: every local Jacobian would be wrong. `like` is [1, units...]."""
+    if not isinstance(neuron, Neuron) or like.size < 2:
+        return
+
+    def leak(own: Any, key: Array) -> Array:
+        keys = jax.random.split(key, 1 + len(neuron.states))
+        current = jax.random.normal(keys[0], like.shape, like.dtype)
+        state = tuple(jax.random.normal(k, like.shape, like.dtype) for k in keys[1:])
+        first = jnp.zeros(like.size, bool).at[0].set(True).reshape(like.shape)
+        nudged = [jnp.where(first, x + 3.0, x) for x in (current, *state)]
+        before = neuron.apply({"params": own}, state, current)
+        after = neuron.apply({"params": own}, tuple(nudged[1:]), nudged[0])
+        pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+        moved = [jnp.max(jnp.where(first, 0.0, jnp.abs(a - b))) for a, b in pairs]
+        return jnp.max(jnp.stack(moved))
+
+    # Compiled twice in one program, equal units may differ by round-off.
+    if jax.jit(leak)(own, key) > 1e-5:
+        raise ValueError(
+            f"the units of {describe(neuron)} see each other: a gl.Neuron acts on each unit by itself, because rules "
+            "read its Jacobian unit by unit; put what mixes units into the connection, or derive from nn.RNNCellBase"
+        )
 
 
 def freeze(value: Any) -> Any:

@@ -25,6 +25,7 @@ from gradlab.modules import (
     init_neuron,
     is_hashable,
     refuse_mixing,
+    refuse_mixing_units,
     refuse_part,
     rest,
 )
@@ -79,7 +80,7 @@ class Network:
         """Parameters for inputs [time, batch, features...], cast to the inputs' dtype.
 
         Raises:
-            ValueError: inputs of too few axes, not of a floating type, or a connection that mixes samples, needs
+            ValueError: inputs of too few axes, not of a floating type, a connection that mixes samples, needs
                 randomness, or keeps variables other than parameters.
         """
         require_sequence(inputs)
@@ -92,6 +93,9 @@ class Network:
             for link in self.links:
                 own = params[f"layer_{link.target}"].get(link.name, {})
                 refuse_mixing(link, own, key, jnp.zeros((2, *sizes[link.source]), x.dtype))
+            for layer, neuron in enumerate(self.neurons):
+                own = params[f"layer_{layer}"].get("neuron", {})
+                refuse_mixing_units(neuron, own, key, jnp.zeros((1, *sizes[layer]), x.dtype))
         return params
 
     def unit_shapes(self, params: Params, inputs: Array | jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], ...]:

@@ -1,7 +1,8 @@
-"""What every test shares: drawing without a screen, checked array shapes, 64-bit numbers on request."""
+"""What every test shares: drawing without a screen, fast compilation, checked array shapes, 64-bit numbers on request."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import sys
@@ -11,8 +12,18 @@ from pathlib import Path
 import pytest
 
 os.environ["MPLBACKEND"] = "Agg"
-# Proofs compile hundreds of tiny programs and run each once: fast compilation matters, fast code does not.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+
+
+def compile_fast() -> None:
+    """Proofs compile hundreds of tiny programs and run each once: fast compilation matters, fast code does not."""
+    flags = "--xla_backend_optimization_level=0"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know this flag, and abort
+        flags += " --xla_cpu_use_fusion_emitters=false"  # a third of the compile time
+    os.environ.setdefault("XLA_FLAGS", flags)
+
+
+compile_fast()
 
 _ROOT = Path(__file__).resolve().parent.parent
 _TESTS_BETWEEN_CLEARINGS = 40
@@ -52,6 +63,17 @@ def x64() -> Iterator[None]:
 
     with jax.enable_x64(True):
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process (`--dist loadgroup`), where they share fixtures and compiled programs.
+
+    Tests that name a group themselves keep it: those of the long files, which would take one process too long.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:

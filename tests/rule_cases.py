@@ -7,10 +7,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import gradlab as gl
 from gradlab.engine import shapes_of
+from gradlab.neurons import Subthreshold
 from gradlab.rules import ALL, BPTT, FPTT, OSTL, TBPTT, EProp, StreamingRule
 from gradlab.surrogates import FastSigmoid
 from gradlab.tape import record
@@ -54,7 +56,49 @@ def _spread(low: float, high: float, n: int) -> tuple[float, ...]:
     return tuple(np.linspace(low, high, n).tolist())
 
 
+class Scaled(gl.Neuron):
+    """A user's neuron with scaled input, v = beta u + (1 - beta) I: a unit of current is not a unit of membrane."""
+
+    beta: float = 0.8
+    detach_reset: bool = False
+
+    @property
+    def states(self):
+        return ("membrane",)
+
+    def __call__(self, carry, inputs):
+        v = self.beta * carry[0] + (1.0 - self.beta) * inputs
+        s = GENTLE(v - 0.5)
+        return (v - 0.5 * (jax.lax.stop_gradient(s) if self.detach_reset else s),), s
+
+    def subthreshold(self, params, dtype):
+        leak, gain, one = (jnp.asarray(value, dtype) for value in (self.beta, 1.0 - self.beta, 1.0))
+        return Subthreshold(A=((leak,),), B=(gain,), c=(one,))
+
+
+def _curved(width: int) -> nn.Module:
+    return nn.Sequential([nn.Dense(width, use_bias=False), nn.tanh])
+
+
 SPECIAL = {
+    "scaled-input": lambda: feed_forward(Scaled()),
+    "curved-links": lambda: feed_forward(neuron("lif"), (6, 5, 4), {0: {0: _curved(6)}, 1: {1: _curved(5)}}),
+    "two-states-per-unit": lambda: feed_forward(
+        [
+            gl.CurrentLIF(beta=_spread(0.6, 0.9, 6), alpha=0.6, surrogate=GENTLE),
+            gl.ALIF(beta=_spread(0.6, 0.9, 5), adaptation_decay=0.9, surrogate=GENTLE),
+            neuron("lif"),
+        ]
+    ),
+    "convolution-channels": lambda: gl.connect(
+        [
+            nn.Conv(3, (3, 3), strides=(2, 2)),
+            gl.LIF(beta=(0.5, 0.7, 0.9), surrogate=GENTLE),
+            lambda x: x.reshape(x.shape[0], -1),
+            nn.Dense(4),
+            neuron("lif"),
+        ]
+    ),
     "feedback-skip": lambda: feed_forward(neuron("lif"), (6, 5, 4), {0: [1], 2: [0, 2]}),
     "trained-constants": lambda: feed_forward(
         [
@@ -89,7 +133,7 @@ SPECIAL = {
 @functools.cache
 def built(name: str) -> Case:
     """The live case of a network."""
-    return case(network(name), inputs=(6, 6, 2) if name == "convolution" else 5)
+    return case(network(name), inputs=(6, 6, 2) if name.startswith("convolution") else 5)
 
 
 def rules_for(on: Case) -> list[gl.rules.Rule]:

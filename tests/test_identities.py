@@ -32,7 +32,10 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 LIFS = [f"lif-{reset}-{'detached' if detached else 'attached'}-forward" for reset, detached in RESETS]
 SQUARES = [f"square-{index}" for index in range(6)]
-SPECIAL = ["feedback-skip", "trained-constants", "leak-per-unit", "mixed", "convolution"]
+SPECIAL = [
+    *("feedback-skip", "trained-constants", "leak-per-unit", "two-states-per-unit", "mixed", "scaled-input"),
+    *("curved-links", "convolution", "convolution-channels"),
+]
 EVERY = [*LIFS, *SQUARES, *SPECIAL]
 
 
@@ -41,7 +44,8 @@ def networks(names: list[str]):
     return pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names])
 
 
-LAST = 2
+def last(name: str) -> int:
+    return built(name).net.last
 
 
 @networks(EVERY)
@@ -76,14 +80,14 @@ def test_truncation_at_its_ends(name: str):
 def test_ostl_and_otpe_are_exact_in_the_output_layer(name: str):
     found = deferred(name)
     for rule in {"OSTL", "OTPE"} & set(found):
-        assert_equal(found[rule], part(found["BPTT"], LAST))
+        assert_equal(found[rule], part(found["BPTT"], last(name)))
         assert_differs(found[rule], part(found["BPTT"], 0))
-    assert_differs(found["SLTT"], part(found["BPTT"], LAST))
+    assert_differs(found["SLTT"], part(found["BPTT"], last(name)))
 
 
 def test_ostl_is_not_exact_in_an_output_layer_that_feeds_itself():
     found = deferred("feedback-skip")
-    assert_differs(found["OSTL"], part(found["BPTT"], LAST))
+    assert_differs(found["OSTL"], part(found["BPTT"], last("feedback-skip")))
 
 
 @pytest.mark.parametrize("own", ["none", "full"])
@@ -187,8 +191,8 @@ def test_front_otpe_is_exact_for_its_own_loss_in_the_output_layer(name: str):
         return on.loss(summed, on.batch)
 
     found = deferred(name)
-    assert_equal(found["FrontOTPE"], part(jax.grad(front_loss)(on.params), LAST))
-    assert_differs(found["FrontOTPE"], part(found["BPTT"], LAST))
+    assert_equal(found["FrontOTPE"], part(jax.grad(front_loss)(on.params), last(name)))
+    assert_differs(found["FrontOTPE"], part(found["BPTT"], last(name)))
     assert_differs(found["FrontOTPE"], part(jax.grad(front_loss)(on.params), 1))
 
 
@@ -198,19 +202,21 @@ def test_ostl_equals_its_stop_gradient_twin(name: str):
     assert_equal(found["OSTL"], twins.ostl(on))
     assert_differs(found["OSTL"], twins.sltt(on))
     assert_equal(found["SLTT"], twins.sltt(on))
-    if name in ("square-1", "square-3"):
+    if name in ("square-1", "square-3", "curved-links"):
         assert_equal(found["OSTL(own=full)"], twins.ostl(on, own="full"))
         assert_differs(found["OSTL(own=full)"], found["OSTL"])
 
 
-@networks(["square-0", "square-1", "leak-per-unit", "mixed"])
+@networks(
+    ["square-0", "square-1", "leak-per-unit", "two-states-per-unit", "mixed", "scaled-input", "convolution-channels"]
+)
 def test_ottt_equals_its_stop_gradient_twin(name: str):
     found = deferred(name)
     assert_equal(found["OTTT"], twins.ottt(built(name)))
     assert_differs(found["OTTT"], found["OSTL"])
 
 
-@networks(["lif-zero-attached-forward", "mixed", "convolution"])
+@networks(["lif-zero-attached-forward", "mixed", "scaled-input", "two-states-per-unit", "convolution"])
 def test_otpe_in_the_last_hidden_layer_equals_its_twin(name: str):
     found = deferred(name)
     assert_equal(found["OTPE"], twins.otpe_last_hidden(built(name)))
@@ -254,7 +260,7 @@ def test_masks_and_losses_reach_every_rule():
         found = gradients_of(on, rules)
         assert_equal(found["BPTT"], found["BPTT(form=autodiff)"])
         assert_equal(found["RTRL"], found["BPTT"])
-        assert_equal(found["OSTL"], part(found["BPTT"], LAST))
+        assert_equal(found["OSTL"], part(found["BPTT"], net.last))
         plain = gradients_of(on._replace(batch=on.batch._replace(mask=None)), rules)
         assert_differs(plain["OSTL"], found["OSTL"])
         if loss.streams:

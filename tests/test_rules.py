@@ -15,6 +15,7 @@ from rule_cases import GENTLE, RESETS, gradients_of, neuron
 
 import gradlab as gl
 from gradlab.engine import shapes_of
+from gradlab.neurons import Subthreshold
 from gradlab.rules import (
     ALL,
     BPTT,
@@ -29,7 +30,9 @@ from gradlab.rules import (
     EProp,
     Estimate,
     FrontOTPE,
+    LeakySum,
     LocalRule,
+    ReadoutFilter,
     Rule,
     SpatialBackprop,
     SubthresholdTrace,
@@ -161,9 +164,26 @@ def _refusal(rule, net, inputs=5, loss=None, online=False, batch_size=3):
     loss = gl.PerStep(optax.softmax_cross_entropy) if loss is None else loss
     shape = (inputs,) if isinstance(inputs, int) else inputs
     x = jnp.zeros((9, batch_size, *shape))
-    params = net.init(jax.random.key(0), x)
+    params = jax.eval_shape(lambda key: net.init(key, x), jax.random.key(0))  # refusals look at shapes only
     batch = gl.Batch(x, jnp.zeros((batch_size, 4)))
     return rule.supports(net, shapes_of(net, params, batch, loss), loss, online=online)
+
+
+class Late(gl.Neuron):
+    """A neuron whose membrane sees the current of the step before."""
+
+    @property
+    def states(self):
+        return ("membrane", "current")
+
+    def __call__(self, carry, inputs):
+        u, i = carry
+        v = 0.9 * u + i
+        return (v, 0.8 * i + inputs), GENTLE(v - 1.0)
+
+    def subthreshold(self, params, dtype):
+        a, b, one, zero = (jnp.asarray(value, dtype) for value in (0.9, 0.8, 1.0, 0.0))
+        return Subthreshold(A=((a, one), (zero, b)), B=(zero, one), c=(one, zero))
 
 
 def test_refusals_say_why_and_what_to_use():
@@ -183,6 +203,15 @@ def test_refusals_say_why_and_what_to_use():
     per_unit = feed_forward([neuron("lif"), gl.LI(beta=(0.5, 0.6, 0.7, 0.8))], (6, 4))
     assert _refusal(OTPE(), per_unit) is None
     assert "adjoint form" in _refusal(OTPE(), per_unit, online=True)
+    by_index = feed_forward([neuron("lif"), neuron("lif"), gl.LI(beta=(0.3, 0.5, 0.7, 0.9))], (5, 4, 4))
+    assert "one leak per unit" in _refusal(LocalRule(memory=ReadoutFilter()), by_index)
+    assert _refusal(LocalRule(memory=ReadoutFilter()), feed_forward(neuron("lif"))) is None
+    leak_trains = feed_forward([neuron("lif"), gl.LIF(trainable=("beta",))], (6, 4))
+    assert "LeakySum(decay=...)" in _refusal(FrontOTPE(), leak_trains)
+    late = feed_forward([Late(), Late()], (6, 4))
+    assert "step later" in _refusal(OTTT(), late)
+    assert "step later" in _refusal(OTPE(), late)
+    assert _refusal(OSTL(), late) is None
     two_states = feed_forward([neuron("lif"), neuron("current")], (6, 4))
     assert "LeakySum(decay=...)" in _refusal(FrontOTPE(), two_states)
 
@@ -207,12 +236,44 @@ def test_a_leaky_mean_needs_a_memory():
         LocalRule(SubthresholdTrace("leaky_mean"), SpatialBackprop())
     with pytest.raises(ValueError, match="choose"):
         SpatialBackprop("mean")
-    with pytest.raises(ValueError, match="at least one step"):
-        TBPTT(k=0)
+    for wrong in (0, 2.5, "3"):
+        with pytest.raises(ValueError, match="whole number of steps"):
+            TBPTT(k=wrong)
+    with pytest.raises(ValueError, match="choose"):
+        OSTL(own="diagonal")
+    with pytest.raises(ValueError, match=r"EProp\(feedback='adaptive'\)"):
+        EProp(feedback="adaptive")
+    with pytest.raises(TypeError, match="trace"):
+        LocalRule("jacobian")
+    with pytest.raises(ValueError, match="LeakySum"):
+        LeakySum(1.5)
+    with pytest.raises(ValueError, match="last layer"):
+        LocalRule(output=LocalRule(output=LocalRule()))
 
 
 def test_names_carry_what_differs_from_the_defaults():
     assert TBPTT(k=1).name == "TBPTT(k=1)"
     assert EProp(feedback="random", seed=3).name == "EProp(feedback=random, seed=3)"
     assert OSTL().name == "OSTL"
-    assert GENTLE.slope == 3.0
+
+
+def test_equality_notices_what_is_not_a_number():
+    good = {"a": {"bias": np.ones(2)}, "b": {"kernel": np.ones(1)}}
+    bad = {"a": {"bias": np.array([np.nan, 1.0])}, "b": {"kernel": np.ones(1)}}
+    assert_equal(good, good)
+    for found, expected in ((bad, good), (good, bad)):
+        with pytest.raises(AssertionError, match="bias"):
+            assert_equal(found, expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unhashable(TwiceBPTT):
+    """A faulty rule. (1) grad = 2 BPTT. Drops: nothing. Exact when: never."""
+
+    __hash__ = None
+
+
+def test_a_rule_that_compiles_at_every_call_is_found():
+    _check(TwiceBPTT(), "one compilation")()
+    with pytest.raises(AssertionError, match="compiled again"):
+        _check(Unhashable(), "one compilation")()

@@ -83,7 +83,7 @@ class ALIF(Neuron):
 
     beta: Scalar = 0.95
     adaptation_decay: Scalar = 0.98
-    adaptation_strength: float = 0.2
+    adaptation_strength: Scalar = 0.2
     threshold: Scalar = 1.0
     reset: str = "subtract"
     detach_reset: bool = False
@@ -104,7 +104,7 @@ class ALIF(Neuron):
         u, a = carry
         threshold = self.value("threshold", inputs.dtype)
         v = self.value("beta", inputs.dtype) * u + inputs
-        s = self.surrogate(v - threshold - self.adaptation_strength * a)
+        s = self.surrogate(v - threshold - self.value("adaptation_strength", inputs.dtype) * a)
         fed_back = jax.lax.stop_gradient(s) if self.detach_adaptation else s
         a = self.value("adaptation_decay", inputs.dtype) * a + fed_back
         return (after_reset(v, s, threshold, self.reset, self.detach_reset), a), s
@@ -112,7 +112,7 @@ class ALIF(Neuron):
     def subthreshold(self, params: dict[str, Any], dtype: Any) -> Subthreshold:
         beta, decay = self.value("beta", dtype, params), self.value("adaptation_decay", dtype, params)
         one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
-        strength = jnp.asarray(self.adaptation_strength, dtype)
+        strength = self.value("adaptation_strength", dtype)
         return Subthreshold(A=((beta, zero), (zero, decay)), B=(one, zero), c=(one, -strength))
 
     def cut(self, path: str) -> Neuron:

@@ -70,7 +70,8 @@ def _chunk(
         terms = layer_terms(rule, net, params, layer, feedback, sweep)
         if not terms:
             continue
-        found = _layer(local, net, params, layer, slices, carries[layer], terms, means.get(layer))
+        hands_down = isinstance(rule.signal, SpatialBackprop) and any(k.source >= 0 for k in net.links_into(layer))
+        found = _layer(local, net, params, layer, slices, carries[layer], terms, means.get(layer), hands_down)
         after[layer] = found.carry
         add_weights(grads, net, params, layer, slices, found.delta)
         if found.cotangents is not None:
@@ -155,7 +156,7 @@ def own_link(local: LocalRule, net: Network, layer: int) -> Any:
 
 
 class Found(NamedTuple):
-    """One layer's share of a chunk: the carry; delta_t; q_t where it is handed down; cotangents where constants train."""
+    """A layer's share of a chunk: carry; delta_t; q_t where it is handed down; cotangents where constants train."""
 
     carry: LayerCarry
     delta: Array
@@ -172,6 +173,7 @@ def _layer(
     carry: LayerCarry,
     terms: list[Term],
     mean: Array | None,
+    hands_down: bool,
 ) -> Found:
     """Memory and trace of one layer, backwards through a chunk.
 
@@ -179,9 +181,8 @@ def _layer(
     """
     kernels, signals, whole, memory = _signals(local, net, params, layer, terms, carry.memory)
     own, link = local.own_filter(net, params, layer), own_link(local, net, layer)
-    hands_down = isinstance(local.signal, SpatialBackprop) and any(k.source >= 0 for k in net.links_into(layer))
     trained = "neuron" in params[f"layer_{layer}"]
-    x = None if link is None else slices.link_input(link)
+    x = None if link is None else slices.layers[layer].output  # what the link reads at the step after
 
     def back(held: Any, now: Any) -> tuple[Any, Any]:
         states, p, delta_after = held

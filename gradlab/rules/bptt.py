@@ -75,8 +75,8 @@ class TBPTT(Rule):
     k: int = 10
 
     def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"TBPTT(k={self.k!r}): a block has at least one step")
+        if not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"TBPTT(k={self.k!r}): a block is a whole number of steps, at least one")
 
     def gradient(self, net: Network, params: Params, tape: Tape, state: Any, key: Array) -> Estimate:
         return Estimate(backward(net, params, tape, cut_before=np.arange(tape.n_steps) % self.k == 0))

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from gradlab.losses import Loss
@@ -71,6 +72,11 @@ class LocalRule(ComposedRule):
     output: LocalRule | None = None
 
     def __post_init__(self):
+        for name, kind in (("trace", Trace), ("signal", Signal), ("prediction", Prediction)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"LocalRule({name}={getattr(self, name)!r}): give one of gradlab.rules' {name}s")
+        if self.output is not None and (self.output.output is not None or self.output.prediction != Output()):
+            raise ValueError("LocalRule(output=...): the rule of the last layer has no output or prediction of its own")
         if self.uses_mean and self.memory is None:
             raise ValueError(
                 f'{type(self).__name__}: slope="leaky_mean" is a mean under a memory\'s kernel: give memory=NextLayer()'
@@ -146,8 +152,8 @@ def _layer_objection(local: LocalRule, net: Network, shapes: Shapes, layer: int)
     kind = type(neuron).__name__
     if not isinstance(neuron, Neuron):
         return (
-            f"{name} is a {kind}, whose units see each other inside one step; local rules need an "
-            f"elementwise neuron: use BPTT"
+            f"{name} is a {kind}, whose units see each other inside one step; local rules need an elementwise neuron: "
+            "use BPTT"
         )
     try:
         neuron.cut(local.trace.cut)
@@ -163,6 +169,8 @@ def _layer_objection(local: LocalRule, net: Network, shapes: Shapes, layer: int)
             return (
                 f"{name} trains constants of its neuron, for which this trace is not defined: use OSTL, or trainable=()"
             )
+        if _blind(net, shapes, layer):
+            return f"{name} is a {kind} whose current reaches the spike a step later, so {_NO_GAIN}: use OSTL or BPTT"
     return _memory_objection(local, net, shapes, layer)
 
 
@@ -178,7 +186,15 @@ def _memory_objection(local: LocalRule, net: Network, shapes: Shapes, layer: int
                 f"its memory is that of layer_{reader}, a {type(net.neurons[reader]).__name__} without constants "
                 f"below threshold"
             )
-        kernels.append(_constants(net, shapes, reader))
+        if _blind(net, shapes, reader):
+            return f"its memory is that of layer_{reader}, whose current reaches the spike a step later, so {_NO_GAIN}"
+        kernel = _constants(net, shapes, reader)
+        if reader != target and kernel is not None and not kernel.shared:
+            return (
+                f"its memory is that of layer_{reader}, which has one leak per unit, but layer_{layer} sends its error "
+                f"through layer_{target}: use NextLayer(), or one leak in layer_{reader}"
+            )
+        kernels.append(kernel)
     if local.needs_mean(net, layer) and (len(set(targets)) > 1 or not all(k.shared for k in kernels if k is not None)):
         return (
             f"the leaky mean of layer_{layer}'s slope needs one leak in the layer that it feeds, but it "
@@ -186,6 +202,20 @@ def _memory_objection(local: LocalRule, net: Network, shapes: Shapes, layer: int
             'or one with a leak per unit: use slope="instant" in a LocalRule, or OSTL'
         )
     return None
+
+
+_NO_GAIN = "it has no instantaneous slope"
+
+
+def _blind(net: Network, shapes: Shapes, layer: int) -> bool:
+    """True when a layer's current does not change its spike variable in the same step (c0 . B0 = 0)."""
+    if "neuron" in shapes.params[f"layer_{layer}"]:
+        return (
+            False  # the constants are trained and not known here; every trainable neuron of gradlab has a gain of one
+        )
+    with jax.ensure_compile_time_eval():
+        constants = net.neurons[layer].subthreshold({}, shapes.dtype)
+        return constants is not None and bool(jnp.any(constants.gain == 0))
 
 
 def _constants(net: Network, shapes: Shapes, layer: int) -> Subthreshold | None:
@@ -196,7 +226,11 @@ def _constants(net: Network, shapes: Shapes, layer: int) -> Subthreshold | None:
 
 def _one_state(prediction: Prediction, net: Network, shapes: Shapes) -> str | None:
     own = _constants(net, shapes, net.last)
-    if getattr(prediction, "decay", None) is None and (own is None or len(own.B) != 1):
+    if getattr(prediction, "decay", None) is not None:
+        return None
+    if "neuron" in shapes.params[f"layer_{net.last}"]:
+        return "the leaky sum takes its leak from the output neuron, whose constants train: give LeakySum(decay=...)"
+    if own is None or len(own.B) != 1:
         return (
             "the leaky sum takes its leak from the output neuron, which must have one state: give LeakySum(decay=...)"
         )

@@ -35,6 +35,9 @@ class OSTL(ComposedRule):
     )
     own: str = "none"
 
+    def __post_init__(self):
+        self.compose()
+
     def compose(self) -> LocalRule:
         return LocalRule(JacobianTrace(own=self.own))
 
@@ -48,7 +51,8 @@ class OTTT(ComposedRule):
     A0, B0, c0: the neuron's constants below threshold; for a LIF, a_t = beta a_{t-1} + x_t. A bias is an input that is
     constantly 1 and has a trace like any other (the authors' code gives it none).
     Drops: what OSTL drops, and every effect of a spike on the neuron's own later state (the reset).
-    Exact when: OSTL is and the neuron's Jacobian equals its constants (no reset, or a detached "subtract" reset).
+    Exact when: OSTL is and the neuron's Jacobian equals its constants (no reset, or a detached "subtract" reset; for an
+        adaptive threshold, its path stopped as well).
     Cost per step: adjoint, one product per layer; streaming, batch x inputs per layer.
     """
 
@@ -65,11 +69,11 @@ class SLTT(ComposedRule):
     (1) grad = sum_t (D_t L_t) x_t,   L_t = W^T (D_t L_t of the layer above)
 
     Drops: every path through time. Equals TBPTT(k=1), and FPTT's loss gradient with unit step weights.
-    Exact when: nothing is remembered (leak 0, no delayed links, and the reset's path stopped or absent).
+    Exact when: nothing is remembered: the neuron's A and C are zero (a LIF with leak 0) and no link is delayed.
     Cost per step: one product per layer, no trace.
     """
 
-    reference: ClassVar[str] = "Meng, Xiao, Yan, Wang, Lin & Luo (2023), ICCV, doi 10.1109/ICCV51070.2023.00573"
+    reference: ClassVar[str] = "Meng, Xiao, Yan, Wang, Lin & Luo (2023), ICCV, pp. 6166-6176, arXiv 2302.14311"
 
     def compose(self) -> LocalRule:
         return LocalRule(NoTrace())
@@ -150,7 +154,7 @@ class EProp(ComposedRule):
     Drops: the spike's path through recurrent links and through the reset, later layers but the read-out, and with
         random feedback
     the read-out's weights.
-    Exact when: feedback="symmetric", one feed-forward hidden layer without or with detached "subtract" reset, a leaky
+    Exact when: feedback="symmetric", one feed-forward hidden layer without a reset or with a detached one, and a leaky
         read-out.
     With recurrence it equals automatic differentiation with the spike's recurrent and reset paths stopped.
     Cost per step: adjoint, one product per layer; streaming, batch x inputs x units, two traces.
@@ -166,7 +170,8 @@ class EProp(ComposedRule):
     seed: int = 0
 
     def __post_init__(self):
-        self.compose()
+        if self.feedback not in ("symmetric", "random"):
+            raise ValueError(f'EProp(feedback={self.feedback!r}): choose "symmetric" or "random"')
 
     def compose(self) -> LocalRule:
         trace = JacobianTrace(cut="reset")

@@ -40,6 +40,10 @@ class RTRL(StreamingRule):
     reference: ClassVar[str] = "Williams & Zipser (1989), Neural Computation 1(2), doi 10.1162/neco.1989.1.2.270"
     limit_bytes: int = 2**31
 
+    def __post_init__(self):
+        if not self.limit_bytes > 0:
+            raise ValueError(f"RTRL(limit_bytes={self.limit_bytes!r}): the limit is a positive number of bytes")
+
     def supports(self, net: Network, shapes: Shapes, loss: Loss, online: bool = False) -> str | None:
         for layer, neuron in enumerate(net.neurons):
             if not isinstance(neuron, Neuron):

@@ -250,6 +250,10 @@ class LeakySum(Prediction):
 
     decay: float | None = None
 
+    def __post_init__(self):
+        if self.decay is not None and not 0 <= self.decay <= 1:
+            raise ValueError(f"LeakySum(decay={self.decay!r}): the share that is left after one step lies in [0, 1]")
+
     def filter(self, net: Network, params: Params, dtype: Any) -> Subthreshold | None:
         one = jnp.ones((), dtype)
         if self.decay is not None:

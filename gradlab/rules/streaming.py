@@ -21,6 +21,7 @@ from jax import Array
 
 from gradlab.losses import Loss
 from gradlab.network import Link, Network, Params
+from gradlab.neurons import Subthreshold
 from gradlab.rules import adjoint, filters
 from gradlab.rules.base import Shapes
 from gradlab.rules.signals import SpatialBackprop, Sweep
@@ -50,10 +51,15 @@ def start(rule: LocalRule, net: Network, params: Params, loss: Loss, feedback: A
     blank = {"layers": tuple(None for _ in net.neurons), "prediction": None}
 
     def grow(carry: Any) -> Any:
-        return jax.eval_shape(lambda: step(rule, net, params, loss, carry, feedback, slices)[0])
+        grown = jax.eval_shape(lambda: step(rule, net, params, loss, carry, feedback, slices)[0])
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), grown)
 
-    # Shapes settle after one step: a factor per unit may widen a leaf that began input-shaped.
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), grow(blank))
+    # A factor per unit widens a leaf that began input-shaped, and a widened state widens those that it drives, one step
+    # later: step until the shapes settle.
+    trace, after = grow(blank), None
+    while jax.tree.map(jnp.shape, trace) != jax.tree.map(jnp.shape, after):
+        trace, after = (trace if after is None else after), grow(trace if after is None else after)
+    return trace
 
 
 def step(
@@ -74,7 +80,7 @@ def step(
         signal = adjoint.total(adjoint.layer_terms(rule, net, params, layer, feedback, sweep))
         jac = jacobians(net, params, layer, slices.layers[layer], local.trace.cut)
         after[layer], mean = _layer(local, net, params, layer, slices, jac, signal, after[layer], grads)
-        if isinstance(local.signal, SpatialBackprop):
+        if isinstance(rule.signal, SpatialBackprop):
             sweep.handed_down[layer] = (jac.D if mean is None or local.signal.slope == "instant" else mean) * signal
     return {"layers": tuple(after), "prediction": held}, grads
 
@@ -90,7 +96,8 @@ def _layer(
     old: LayerTrace | None,
     grads: Any,
 ) -> tuple[LayerTrace, Array | None]:
-    own, kernel = local.own_filter(net, params, layer), local.memory_filter(net, params, layer)
+    own = _per_unit(local.own_filter(net, params, layer), jac.D)
+    kernel = _per_unit(local.memory_filter(net, params, layer), jac.D)
     inside = local.trace.inside(kernel is not None)
     mean_state, mean = (old.mean if old else None), None
     if local.needs_mean(net, layer):
@@ -113,6 +120,13 @@ def _layer(
         summed = (signal * R).sum(tuple(range(signal.ndim - leaf.ndim)))
         grads[f"layer_{layer}"]["neuron"][name] = summed
     return LayerTrace(links, neuron, mean_state), mean
+
+
+def _per_unit(kernel: Subthreshold | None, like: Array) -> Subthreshold | None:
+    """Constants per channel as constants per unit, because layouts tell factors apart by their number of axes."""
+    if kernel is None or like.ndim == 2:
+        return kernel
+    return jax.tree.map(lambda entry: entry if entry.ndim == 0 else jnp.broadcast_to(entry, like.shape), kernel)
 
 
 def _advance(

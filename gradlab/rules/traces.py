@@ -160,7 +160,7 @@ class SubthresholdTrace(Trace):
     def transpose(self, own: Subthreshold | None, p: Any, jac: Jacobians, signal: Array) -> tuple[Any, Array, Any]:
         assert own is not None
         # With the leaky mean the signal has been multiplied already, before the memory's filter.
-        weighted = signal if self.slope == "leaky_mean" else signal * jac.D / own.gain
+        weighted = (signal if self.slope == "leaky_mean" else signal * jac.D) / own.gain
         p, delta = filters.transpose(own, p, weighted)
         return p, delta, ()
 
