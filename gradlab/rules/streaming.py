@@ -56,9 +56,12 @@ def start(rule: LocalRule, net: Network, params: Params, loss: Loss, feedback: A
 
     # A factor per unit widens a leaf that began input-shaped, and a widened state widens those that it drives, one step
     # later: step until the shapes settle.
-    trace, after = grow(blank), None
-    while jax.tree.map(jnp.shape, trace) != jax.tree.map(jnp.shape, after):
-        trace, after = (trace if after is None else after), grow(trace if after is None else after)
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(jnp.shape, tree)
+
+    trace = grow(blank)
+    while shapes(after := grow(trace)) != shapes(trace):
+        trace = after
     return trace
 
 
