@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import logging
+import types
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -67,13 +68,16 @@ class Plan:
     """Everything about one training run that is fixed while it is compiled."""
 
     net: Network
-    batch: Callable[[Array, int], Batch]
+    task: Any
     loss: Loss
     rule: Rule
     optimizer: Any
     batch_size: int
     update: str
     form: str
+
+    def batch(self, key: Array) -> Batch:
+        return getattr(self.task, "batch", self.task)(key, self.batch_size)
 
     def transformation(self) -> optax.GradientTransformation:
         return self.optimizer.build() if isinstance(self.optimizer, Optimizer) else self.optimizer
@@ -104,7 +108,10 @@ def train(
     by side.
 
     Args:
-        net: the network; task: an object with `batch(key, size) -> gl.Batch`, or such a function.
+        net: the network.
+        task: an object with `batch(key, size) -> gl.Batch`, or such a function. What was compiled is kept for later
+            calls if the task is a frozen dataclass or a plain function. Like every function that is compiled, a
+            plain one must not read what is changed between two calls; give such values as fields of an object.
         loss, rule: the loss, and the rule whose gradient is followed.
         optimizer: `gl.Optimizer("adamax", learning_rate=1e-3)` or any optax transformation.
         steps: iterations, one fresh batch of `batch_size` sequences each.
@@ -116,32 +123,36 @@ def train(
         params: initial parameters for every seed; None: `net.init` with a key from the seed.
         probe_every: iterations between probes; None: about 20 probes.
         on_probe: called as on_probe(step, [params of each seed]) before the first iteration and after each stretch.
-        checkpoint: file; written after each probe, and continued from when it exists and belongs to the same run. After
-            a kill, the probe that was not written yet is taken again.
+        checkpoint: file; written after each probe, and continued from when it exists and is of the same run, on the
+            same machine with the same versions. After a kill, the probe that was not written yet is taken again.
         on_progress: called as on_progress(iterations done, iterations in all).
 
     Raises:
         TypeError, ValueError: arguments of the wrong kind, data that do not fit, or a rule that does not support the
-            network, the loss or online updates, in its own words.
+            network, the loss or online updates, in its own words; or a checkpoint of another run.
 
     A seed whose loss or parameters are no longer finite is reported in `Run.stopped`; training ends early when all are
     lost.
     """
-    plan = Plan(net, _batches(task), loss, rule, optimizer, batch_size, update, form)
-    _check_arguments(plan, steps, seeds, probe_every)
+    steps, batch_size, seeds, probe_every = _whole_numbers(steps, batch_size, seeds, probe_every)
+    plan = Plan(net, task, loss, rule, optimizer, batch_size, update, form)
+    _check_arguments(plan)
     shapes, carry, first = _begin(plan, seeds, params)
     _refuse(plan, shapes)
     stretch = probe_every or max(1, -(-steps // 20))
-    text = "" if checkpoint is None else fingerprint(plan, carry, first, seeds, steps, stretch)
+    runner = _compiled(plan, stretch)
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1) for seed in seeds])
+    text = {}
+    if checkpoint is not None:
+        sizes = {"steps": steps, "seeds": seeds, "probe_every": stretch}
+        text = fingerprint(plan, carry, first, lambda start, place: runner(start, keys, place, 1), sizes)
     saved = Checkpoint(checkpoint, text)
     blank = {"step": 0, "carry": carry, "loss": np.full((len(seeds), 0), np.nan), "probes": [], "points": []}
     held = saved.load(carry) or blank
-    runner = _compiled(plan, stretch)
     probe = partial(_probe, held, len(seeds), on_probe)
     if not held["probes"]:
         probe()
         saved.save(held)
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(jnp.asarray(seeds))
     while held["step"] < steps and not _all_lost(held):
         count = min(stretch, steps - held["step"])
         held["carry"], losses = runner(held["carry"], keys, held["step"], count)
@@ -159,14 +170,30 @@ def train(
     return Run(final, {"loss": held["loss"]}, np.asarray(held["probes"]), trajectory, stopped)
 
 
-def _batches(task: Any) -> Callable[[Array, int], Batch]:
-    batch = getattr(task, "batch", task)
-    if not callable(batch):
-        raise TypeError(f"task is {task!r}: give an object with batch(key, size) -> gl.Batch, or such a function")
-    return batch
+def _whole_numbers(steps: Any, batch_size: Any, seeds: Any, probe_every: Any) -> tuple[int, int, list[int], int | None]:
+    """The arguments that count something as Python's whole numbers, or an error in words."""
+    for name, value in {"steps": steps, "batch_size": batch_size, "probe_every": probe_every}.items():
+        if name == "probe_every" and value is None:
+            continue
+        if not _is_whole(value):
+            raise TypeError(f"{name}={value!r}: give a whole number (int)")
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    listed = seeds.tolist() if isinstance(seeds, np.ndarray) else seeds
+    if not isinstance(listed, Sequence) or not listed or not all(map(_is_whole, listed)):
+        raise ValueError(f"seeds={seeds!r}: give a list of different whole numbers, one run each")
+    if len(set(listed)) < len(listed):
+        raise ValueError(f"seeds={seeds!r}: each seed may occur once, a run twice would be counted twice")
+    return int(steps), int(batch_size), [int(seed) for seed in listed], probe_every and int(probe_every)
 
 
-def _check_arguments(plan: Plan, steps: int, seeds: Sequence[int], probe_every: int | None) -> None:
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _check_arguments(plan: Plan) -> None:
+    if not callable(getattr(plan.task, "batch", plan.task)):
+        raise TypeError(f"task is {plan.task!r}: give an object with batch(key, size) -> gl.Batch, or such a function")
     rule_names([plan.rule])
     if not isinstance(plan.optimizer, Optimizer | optax.GradientTransformation):
         raise TypeError(
@@ -176,17 +203,11 @@ def _check_arguments(plan: Plan, steps: int, seeds: Sequence[int], probe_every: 
         raise ValueError(f'update={plan.update!r}: choose "sequence" (deferred) or "step" (inside the sequence)')
     if plan.form not in ("adjoint", "streaming"):
         raise ValueError(f'form={plan.form!r}: choose "adjoint" or "streaming"')
-    if steps < 1 or plan.batch_size < 1 or (probe_every is not None and probe_every < 1):
-        raise ValueError(
-            f"steps={steps}, batch_size={plan.batch_size}, probe_every={probe_every}: all must be at least 1"
-        )
-    if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={seeds!r}: give a list of different whole numbers, one run each")
 
 
 def _begin(plan: Plan, seeds: Sequence[int], params: Params | None) -> tuple[Shapes, Any, Batch]:
     """Shapes of one run, the carry of all seeds before the first iteration, and a batch."""
-    first = plan.batch(jax.random.fold_in(jax.random.key(seeds[0]), 1), plan.batch_size)
+    first = plan.batch(jax.random.fold_in(jax.random.key(seeds[0]), 1))
     if not isinstance(first, Batch):
         raise TypeError(f"the task's batch is a {type(first).__name__}: return gl.Batch(inputs, targets, mask=None)")
     keys = [jax.random.fold_in(jax.random.key(seed), 0) for seed in seeds]
@@ -239,7 +260,7 @@ def _stretch(plan: Plan, length: int, carry: Any, keys: Array, first: Array, cou
         def body(i: Array, held: tuple[Any, Array]) -> tuple[Any, Array]:
             inner, losses = held
             now = jax.random.fold_in(key, first + i)
-            batch = plan.batch(now, plan.batch_size)
+            batch = plan.batch(now)
             inner, value = _iteration(plan, inner, batch, jax.random.fold_in(now, 1))
             return inner, losses.at[i].set(value.astype(losses.dtype))
 
@@ -255,9 +276,18 @@ _jitted = jax.jit(_stretch, static_argnums=(0, 1))
 
 
 def _compiled(plan: Plan, length: int) -> Any:
-    if not is_hashable(plan):
-        return jax.jit(partial(_stretch, plan, length))
-    return partial(_jitted, plan, length)
+    if _stays(plan.task) and is_hashable(plan):
+        return partial(_jitted, plan, length)
+    return jax.jit(partial(_stretch, plan, length))
+
+
+def _stays(task: Any) -> bool:
+    """False when a task may change between two calls of `train`: a program compiled for it would not see the change.
+
+    A class that inherits from a frozen dataclass may have attributes that are not frozen.
+    """
+    made = vars(type(task)).get("__dataclass_params__")
+    return isinstance(task, types.FunctionType) or (made is not None and made.frozen and made.eq)
 
 
 def _probe(held: dict[str, Any], n_seeds: int, on_probe: Callable[[int, list[Params]], None] | None) -> None:

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import SmoothSpike, close, neuron_loop, reset
+from helpers import close, neuron_loop, reset
 
 import gradlab as gl
 from gradlab import neurons, tape
+from gradlab.testing import SmoothSpike
 
 UNITS = 4
-SMOOTH = SmoothSpike()
+SMOOTH = SmoothSpike(3.0)
 PER_UNIT = (0.3, 0.6, 0.9, 0.99)
 
 LOOPED = [

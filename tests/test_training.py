@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from helpers import assert_alive, close, differ
-from training_parts import CLASSES, INPUTS, LOSS, MASKED, NET, ONE_LAYER, PLAIN, SQUARE, TASK, T, begun, fit
+from training_parts import CLASSES, INPUTS, LOSS, MASKED, NET, ONE_LAYER, SQUARE, TASK, T, begun, fit
 
 import gradlab as gl
-from gradlab.rules import BPTT, FPTT, OSTL, SLTT, EProp
+from gradlab.rules import BPTT, OSTL, SLTT, EProp
 
 
 def naive_loss(net, params, batch):
@@ -95,73 +95,6 @@ def test_given_parameters_are_the_start_of_every_seed(x64):
     for position in range(2):
         close(jax.tree.map(lambda leaf, i=position: leaf[0, i], run.trajectory), params)
     assert differ(run.params_of(0), run.params_of(1), 1e-6)
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step, seen):
-    def on_probe(now, params):
-        seen.append(now)
-        if now == step:
-            raise Killed
-
-    return on_probe
-
-
-@pytest.mark.parametrize("update", ["sequence", "step"])
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, update):
-    settings = {
-        "steps": 7,
-        "probe_every": 2,
-        "update": update,
-        "seeds": (0, 3),
-        "optimizer": gl.Optimizer("adam", learning_rate=0.01),
-    }
-    whole = fit(FPTT(), **settings)
-    file, seen = tmp_path / "deep" / "run.npz", []
-    with pytest.raises(Killed):
-        fit(FPTT(), checkpoint=file, on_probe=kill_at(4, seen), **settings)
-    assert seen == [0, 2, 4] and [f.name for f in file.parent.iterdir()] == ["run.npz"]
-    seen.clear()
-    resumed = fit(FPTT(), checkpoint=file, on_probe=kill_at(None, seen), **settings)
-    assert seen == [4, 6, 7]  # the probe that was not written is taken again, the written ones are not
-    for a, b in zip(
-        jax.tree.leaves((whole.params, whole.trajectory)),
-        jax.tree.leaves((resumed.params, resumed.trajectory)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(whole.history["loss"], resumed.history["loss"])
-    assert resumed.probe_steps.tolist() == [0, 2, 4, 6, 7]
-    # A finished run is only read.
-    seen.clear()
-    again = fit(FPTT(), checkpoint=file, on_probe=kill_at(None, seen), **settings)
-    assert seen == [] and np.array_equal(again.history["loss"], whole.history["loss"])
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"optimizer": optax.sgd(0.2)},
-        {"task": MASKED},
-        {"seeds": (1,)},
-        {"rule": SLTT()},
-        {"net": gl.connect([nn.Dense(6), gl.LIF(beta=0.7, threshold=0.6), nn.Dense(CLASSES), gl.LI(0.9)])},
-        {"loss": gl.PerStep(optax.softmax_cross_entropy, time="sum")},
-    ],
-    ids=lambda other: next(iter(other)),
-)
-def test_the_checkpoint_of_another_run_is_not_continued(tmp_path, caplog, other):
-    file = tmp_path / "run.npz"
-    base = {"rule": OSTL(), "steps": 2, "probe_every": 1, "optimizer": PLAIN}
-    with pytest.raises(Killed):
-        fit(checkpoint=file, on_probe=kill_at(2, []), **base)
-    with caplog.at_level(logging.WARNING):
-        found = fit(checkpoint=file, **(base | other))
-    assert "belongs to another run" in caplog.text
-    np.testing.assert_array_equal(found.history["loss"], fit(**(base | other)).history["loss"])
 
 
 def test_probes_and_progress_are_told_in_order():
@@ -245,6 +178,80 @@ def test_a_plain_function_is_a_task_and_an_optax_transformation_an_optimizer(x64
     close(plain.params, fit(OSTL()).params)
 
 
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    counts = {"steps": np.int64(2), "batch_size": np.int32(4), "probe_every": np.uint8(1), "seeds": np.arange(2)}
+    task = gl.tasks.Randman(classes=CLASSES, units=INPUTS, steps=T, manifold_dim=1, alpha=2.0)  # wants an int as size
+    run = fit(SLTT(), net=ONE_LAYER, task=task, loss=SQUARE, **counts)
+    assert run.history["loss"].shape == (2, 2) and run.probe_steps.tolist() == [0, 1, 2]
+    # A seed needs no room in 32 bits.
+    assert np.isfinite(fit(SLTT(), net=ONE_LAYER, loss=SQUARE, seeds=(2**31 + 5,)).history["loss"]).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedRate:
+    rate: float
+
+    def batch(self, key, size):
+        TRACED.append(isinstance(key, jax.core.Tracer))
+        inputs = jax.random.bernoulli(key, self.rate, (T, size, INPUTS)).astype(float)
+        return gl.Batch(inputs, jnp.zeros((size, CLASSES)))
+
+
+class ChangingRate(FixedRate):
+    """It inherits from a frozen dataclass, but `scale` may change."""
+
+    scale = 1.0
+
+    def batch(self, key, size):
+        return FixedRate(self.rate * self.scale).batch(key, size)
+
+
+@dataclasses.dataclass
+class FreeRate:
+    rate: float
+    batch = FixedRate.batch
+    __hash__ = object.__hash__
+
+
+TRACED: list[bool] = []
+
+
+def free(task):
+    task.rate = 0.9
+
+
+def scaled(task):
+    task.scale = 3.0
+
+
+@pytest.mark.parametrize(("task", "change"), [(FreeRate(0.3), free), (ChangingRate(0.3), scaled)])
+@pytest.mark.parametrize("bound", [False, True], ids=["object", "method"])
+def test_a_task_that_changed_between_two_calls_is_seen(task, change, bound):
+    def losses():
+        run = fit(SLTT(), net=ONE_LAYER, loss=SQUARE, task=task.batch if bound else task, steps=4)
+        return run.history["loss"]
+
+    task.__dict__.update(rate=0.3, scale=1.0)
+    before = losses()
+    np.testing.assert_array_equal(before, losses())
+    change(task)
+    expected = fit(SLTT(), net=ONE_LAYER, loss=SQUARE, task=FixedRate(0.9), steps=4).history["loss"]
+    np.testing.assert_allclose(losses(), expected, rtol=1e-6)
+    assert differ(before, expected)
+
+
+def test_what_was_compiled_is_kept_for_tasks_that_cannot_change():
+    def function(key, size):
+        return FixedRate(0.4).batch(key, size)
+
+    for task, again in ((FixedRate(0.4), FixedRate(0.4)), (function, function)):
+        TRACED.clear()
+        fit(SLTT(), net=ONE_LAYER, loss=SQUARE, task=task)
+        first = sum(TRACED)
+        fit(SLTT(), net=ONE_LAYER, loss=SQUARE, task=again)
+        assert sum(TRACED) == first > 0
+
+
 class TwoThings:
     def batch(self, key, size):
         return jnp.zeros((T, size, INPUTS)), jnp.zeros((size, CLASSES))
@@ -262,6 +269,13 @@ class TwoThings:
         ),
         ({"update": "epoch"}, ValueError, "update='epoch': choose \"sequence\""),
         ({"form": "forward"}, ValueError, "form='forward': choose \"adjoint\""),
+        ({"steps": 1e2}, TypeError, r"steps=100.0: give a whole number \(int\)"),
+        ({"steps": True}, TypeError, "steps=True: give a whole number"),
+        ({"batch_size": 4.0}, TypeError, "batch_size=4.0: give a whole number"),
+        ({"probe_every": "2"}, TypeError, "probe_every='2': give a whole number"),
+        ({"seeds": (0, 1.5)}, ValueError, r"seeds=\(0, 1.5\): give a list of different whole numbers"),
+        ({"seeds": np.arange(2.0)}, ValueError, r"seeds=array\(.*: give a list of different whole numbers"),
+        ({"steps": np.int64(0)}, ValueError, "steps=0.*at least 1"),
         ({"steps": 0}, ValueError, "steps=0.*at least 1"),
         ({"batch_size": 0}, ValueError, "batch_size=0.*at least 1"),
         ({"probe_every": 0}, ValueError, "probe_every=0.*at least 1"),

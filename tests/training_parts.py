@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,11 +24,11 @@ SGD = gl.Optimizer("sgd", learning_rate=0.1)
 PLAIN = optax.sgd(0.1)
 
 
+@dataclasses.dataclass(frozen=True)
 class Task:
     """Random spike trains whose rate tells the class; the masks have unequal lengths."""
 
-    def __init__(self, masked=False):
-        self.masked = masked
+    masked: bool = False
 
     def batch(self, key, size):
         label_key, spike_key = jax.random.split(key)
@@ -55,3 +57,16 @@ def begun(net, task, seed, size):
 
 def fit(rule, net=NET, task=TASK, loss=LOSS, optimizer=SGD, steps=3, batch_size=4, **settings):
     return gl.train(net, task, loss, rule, optimizer, steps=steps, batch_size=batch_size, **settings)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step, seen):
+    def on_probe(now, params):
+        seen.append(now)
+        if now == step:
+            raise Killed
+
+    return on_probe
