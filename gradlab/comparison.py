@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradlab import metrics
+from gradlab.groups import NETWORK, by_parameter
 from gradlab.network import Network
 
 if TYPE_CHECKING:
     import pandas as pd
 
-METRICS = ("cosine", "norm_ratio", "relative_error", "projection", "sign_agreement", "sign_coverage", "norm")
-"""Names of the metrics in a frame, defined in `gradlab.metrics`. "norm" is the rule's own gradient norm."""
-
-NETWORK = "network"
-"""The name of the whole network in the column "layer"."""
+METRICS = (
+    "cosine", "angle", "norm_ratio", "relative_error", "projection", "optimal_scale", "optimal_scale_error",
+    "sign_agreement", "sign_coverage", "top_overlap", "norm",
+)  # fmt: skip
+"""Names of the metrics in a frame, defined in `gradlab.metrics`. "norm" is the rule's own gradient norm; "top_overlap"
+is counted in each parameter, among the tenth of its entries that are largest (`metrics.TOP_SHARE`).
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Comparison:
             between any pair of rules follows from it.
         squared_error: parameter path -> [rules], ||g - reference||^2 (not from the Gram matrix, where it would cancel).
         signs: parameter path -> [rules, 2], entries that agree in sign with the reference, entries that count.
+        tops: parameter path -> [rules, 2], of the largest entries those that are the reference's too, and how many they
+            are.
         sizes: parameter path -> number of entries.
         health: what `gl.evaluate` gives on the same batch.
         refusals: rules left out -> the sentence why.
@@ -41,6 +46,7 @@ class Comparison:
     gram: Mapping[str, np.ndarray]
     squared_error: Mapping[str, np.ndarray]
     signs: Mapping[str, np.ndarray]
+    tops: Mapping[str, np.ndarray]
     sizes: Mapping[str, int]
     health: Mapping[str, Any]
     refusals: Mapping[str, str]
@@ -51,16 +57,17 @@ class Comparison:
     ) -> Comparison:
         """Reduce gradients {rule name: pytree of NumPy arrays}, the reference first."""
         rules = tuple(gradients)
-        flat = {rule: _paths(tree) for rule, tree in gradients.items()}
-        gram, error, signs, sizes = {}, {}, {}, {}
+        flat = {rule: by_parameter(tree) for rule, tree in gradients.items()}
+        gram, error, signs, tops, sizes = {}, {}, {}, {}, {}
         for path, reference in flat[rules[0]].items():
             rows = np.stack([flat[rule][path] for rule in rules])
             with np.errstate(invalid="ignore", over="ignore"):  # infinite gradients: `flag` says so
                 gram[path] = rows @ rows.T
                 error[path] = np.sum((rows - reference) ** 2, axis=1)
             signs[path] = np.array([metrics.sign_counts(row, reference) for row in rows])
+            tops[path] = _top_counts(rows)
             sizes[path] = reference.size
-        return cls(rules, gram, error, signs, sizes, dict(health), dict(refusals))
+        return cls(rules, gram, error, signs, tops, sizes, dict(health), dict(refusals))
 
     @property
     def reference(self) -> str:
@@ -116,22 +123,31 @@ class Comparison:
 
     def metrics(self, rule: str, group: str = NETWORK) -> dict[str, float]:
         """All metrics of one rule for the whole network, a layer or one parameter; NaN where `flag` says why."""
-        index, gram = self.rules.index(rule), self.gram_of(group)
-        own, cross, reference = gram[index, index], gram[index, 0], gram[0, 0]
-        found = {"norm": float(np.sqrt(own))}
+        index, gram, paths = self.rules.index(rule), self.gram_of(group), self.paths(group)
+        found = {"norm": float(np.sqrt(gram[index, index]))}
         if self.flag(rule, group):
             return {name: found.get(name, float("nan")) for name in METRICS}
-        agree, counted = np.sum([self.signs[path][index] for path in self.paths(group)], axis=0)
-        error = np.sum([self.squared_error[path][index] for path in self.paths(group)])
+        found |= {name: float(values[index]) for name, values in metrics.from_gram(gram).items()}
+        agree, counted = np.sum([self.signs[path][index] for path in paths], axis=0)
+        shared, kept = np.sum([self.tops[path][index] for path in paths], axis=0)
+        error = np.sum([self.squared_error[path][index] for path in paths])
         found |= {
-            "cosine": float(cross / np.sqrt(own * reference)),
-            "norm_ratio": float(np.sqrt(own / reference)),
-            "relative_error": float(np.sqrt(error / reference)),
-            "projection": float(cross / reference),
+            "relative_error": float(np.sqrt(error / gram[0, 0])),
             "sign_agreement": float(agree / counted),
-            "sign_coverage": float(counted / sum(self.sizes[path] for path in self.paths(group))),
+            "sign_coverage": float(counted / sum(self.sizes[path] for path in paths)),
+            "top_overlap": float(shared / kept),
         }
         return {name: found[name] for name in METRICS}
+
+    def pair(self, rule: str, other: str, group: str = NETWORK) -> dict[str, float]:
+        """What follows from inner products (`metrics.GRAM_METRICS`) of any rule against any other, `other` being the
+        one that is measured against; NaN where `flag` of either says why.
+        """
+        gram = self.gram_of(group)
+        if self.flag(rule, group) or self.flag(other, group):
+            return dict.fromkeys(metrics.GRAM_METRICS, float("nan"))
+        values = metrics.from_gram(gram, self.rules.index(other))
+        return {name: float(value[self.rules.index(rule)]) for name, value in values.items()}
 
     def to_frame(self) -> pd.DataFrame:
         """A tidy frame: rule, layer ("network", "layer_0", "layer_0/connection/kernel", ...), metric, value, flag."""
@@ -176,11 +192,8 @@ class Comparison:
         return f"<table><tr><th>rule (against {html.escape(self.reference)})</th>{head}</tr>{body}</table>{notes}"
 
 
-def _paths(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    """A nested dict of arrays as {path: flat float64 vector}, in the dict's sorted order."""
-    if not isinstance(tree, Mapping):
-        return {prefix: np.asarray(tree, np.float64).ravel()}
-    found: dict[str, np.ndarray] = {}
-    for name in sorted(tree):
-        found |= _paths(tree[name], f"{prefix}/{name}" if prefix else str(name))
-    return found
+def _top_counts(rows: np.ndarray) -> np.ndarray:
+    """[rules, 2]: how many of the largest entries of each row are among the first row's, and how many they are."""
+    k = max(1, round(metrics.TOP_SHARE * rows.shape[1]))
+    chosen = [metrics.top(row, k) for row in rows]
+    return np.array([(len(chosen[0] & mine), k) for mine in chosen])

@@ -56,6 +56,26 @@ def estimates(
             words.
     """
     names = rule_names(rules)
+    params, batch, held = prepare(net, params, batch, loss, rules, key, states)
+    found = compiled(net, loss, tuple(rules))(params, batch, held, key)
+    # An ordered dict keeps its order through JAX's own functions; a plain one comes back sorted from a user's jax.jit.
+    return OrderedDict(zip(names, found, strict=True))
+
+
+def prepare(
+    net: Network,
+    params: Params,
+    batch: Batch,
+    loss: Loss,
+    rules: Sequence[Rule],
+    key: Array,
+    states: dict[str, Any] | None = None,
+) -> tuple[Params, Batch, tuple[Any, ...]]:
+    """Check everything at the door; the parameters and the batch as JAX arrays, and the rules' states.
+
+    Arguments and errors as `estimates`.
+    """
+    names = rule_names(rules)
     params, batch = check(net, params, batch, loss)
     _check_key(key)
     if unknown := sorted(set(states or {}) - set(names)):
@@ -68,9 +88,16 @@ def estimates(
     held = tuple(
         (states or {}).get(name, rule.init(net, params, shapes)) for name, rule in zip(names, rules, strict=True)
     )
-    found = _compiled(net, loss, tuple(rules))(params, batch, held, key)
-    # An ordered dict keeps its order through JAX's own functions; a plain one comes back sorted from a user's jax.jit.
-    return OrderedDict(zip(names, found, strict=True))
+    return params, batch, held
+
+
+def with_reference(rules: Sequence[Rule], reference: Rule | None) -> list[Rule]:
+    """The rules with the reference (BPTT by default) first; names must differ."""
+    rule_names(rules)
+    reference = BPTT() if reference is None else reference
+    chosen = [reference, *(rule for rule in rules if rule != reference)]
+    rule_names(chosen)
+    return chosen
 
 
 def gradients(
@@ -100,10 +127,7 @@ def compare(
     """
     from gradlab.comparison import Comparison
 
-    reference = BPTT() if reference is None else reference
-    rule_names(rules)
-    chosen = [reference, *(rule for rule in rules if rule != reference)]
-    rule_names(chosen)
+    chosen = with_reference(rules, reference)
     params, batch = check(net, params, batch, loss)
     refusals: dict[str, str] = {}
     if skip_unsupported:
@@ -174,7 +198,13 @@ _jitted_record = jax.jit(_record, static_argnums=(0, 1))
 def _run_rules(
     net: Network, loss: Loss, rules: tuple[Rule, ...], params: Params, batch: Batch, states: Any, key: Array
 ) -> tuple[Estimate, ...]:
-    tape: Tape = record(net, params, batch, loss)
+    return on_tape(net, params, record(net, params, batch, loss), rules, states, key)
+
+
+def on_tape(
+    net: Network, params: Params, tape: Tape, rules: Sequence[Rule], states: Sequence[Any], key: Array
+) -> tuple[Estimate, ...]:
+    """The rules' estimates on a tape that is recorded already, without checks; for use inside `jax.jit`."""
     keys = [jax.random.fold_in(key, position) for position in range(len(rules))]
     # Composed rules share signals and products; a class that writes its own `gradient` is asked for it.
     joint = {
@@ -228,7 +258,7 @@ def _evaluate(net: Network, loss: Loss, classes: bool, params: Params, batch: Ba
 _jitted_evaluate = jax.jit(_evaluate, static_argnums=(0, 1, 2))
 
 
-def _compiled(net: Network, loss: Loss, rules: tuple[Rule, ...]) -> Any:
+def compiled(net: Network, loss: Loss, rules: tuple[Rule, ...]) -> Any:
     """A compiled function: cached while the network, loss and rules are hashable, closed over them otherwise."""
     if is_hashable(net, loss, rules):
         return partial(_jitted_rules, net, loss, rules)

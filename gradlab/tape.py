@@ -86,6 +86,16 @@ class Tape:
         """The same pass with another error at the output."""
         return dataclasses.replace(self, slices=self.slices._replace(error=error))
 
+    def only_step(self, step: Array | int) -> Tape:
+        """The same pass when only the loss of one step counts."""
+
+        def at_step(values: Array) -> Array:
+            chosen = jnp.arange(values.shape[0]) == step
+            return jnp.where(chosen.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
+
+        slices = self.slices._replace(error=at_step(self.slices.error), weight=at_step(self.slices.weight))
+        return dataclasses.replace(self, slices=slices)
+
     def error_at(self, prediction: Array) -> Array:
         """(1) error_t = w_t d loss_t / d prediction_t with the loss put on another signal than the outputs.
 

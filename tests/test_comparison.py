@@ -191,5 +191,5 @@ def test_a_comparison_shows_itself(params):
     assert f"{found.metrics('TBPTT(k=2)', 'layer_0')['norm_ratio']:.2f}" in drawn and "step" not in ax.get_title(
         loc="left"
     )
-    with pytest.raises(ValueError, match="metric='angle': choose from"):
-        found.plot("angle")
+    with pytest.raises(ValueError, match="metric='angel': choose from"):
+        found.plot("angel")

@@ -27,6 +27,74 @@ def test_hand_cases(g, cosine, norm_ratio, relative_error, projection):
     assert metrics.norm_ratio(g, R) == pytest.approx(norm_ratio)
     assert metrics.relative_error(g, R) == pytest.approx(relative_error)
     assert metrics.projection(g, R) == pytest.approx(projection, abs=1e-15)
+    assert metrics.angle(g, R) == pytest.approx(np.degrees(np.arccos(cosine)), abs=1e-6)
+    assert metrics.optimal_scale_error(g, R) == pytest.approx(np.sqrt(1 - cosine**2), abs=1e-7)
+
+
+def test_twice_too_large_keeps_its_cosine_and_is_caught_by_the_others():
+    """The mistake that a cosine hides: each other metric of length must tell it."""
+    random = np.random.default_rng(3)
+    g, r = random.normal(size=(2, 50))
+    for blind in (metrics.cosine, metrics.angle, metrics.optimal_scale_error):
+        assert blind(2 * g, r) == pytest.approx(blind(g, r), rel=1e-12)
+    assert metrics.top_overlap(2 * g, r, 5) == metrics.top_overlap(g, r, 5)
+    for seeing in (metrics.norm_ratio, metrics.projection):
+        assert seeing(2 * g, r) == pytest.approx(2 * seeing(g, r), rel=1e-12)
+    assert metrics.optimal_scale(2 * r, r) == pytest.approx(0.5, rel=1e-12)
+    assert metrics.relative_error(2 * r, r) == pytest.approx(1.0, rel=1e-12) != metrics.relative_error(r, r)
+
+
+def test_the_optimal_scale_is_the_best_one():
+    g, r = np.array([1.0, 2.0, 0.0]), np.array([0.0, 3.0, 4.0])
+    best = metrics.optimal_scale(g, r)
+    assert best == pytest.approx(6.0 / 5.0)
+    assert metrics.relative_error(best * g, r) == pytest.approx(metrics.optimal_scale_error(g, r))
+    assert metrics.relative_error(1.01 * best * g, r) > metrics.optimal_scale_error(g, r)
+
+
+def test_overlap_of_the_largest_entries():
+    r = np.array([5.0, -4.0, 3.0, 0.0, 1.0])
+    assert metrics.top_overlap([0.0, 9.0, -8.0, 7.0, 0.0], r, 2) == 0.5  # {1, 2} and {0, 1}
+    assert metrics.top_overlap(-r, r, 3) == 1.0 and metrics.top_overlap(1 / (np.abs(r) + 1), r, 2) == 0.0
+    assert np.isnan(metrics.top_overlap(np.zeros(5), r, 2))
+    for k in (0, 6):
+        with pytest.raises(ValueError, match="between 1 and the number of entries, 5"):
+            metrics.top_overlap(r, r, k)
+
+
+def test_the_effective_learning_rate():
+    assert metrics.effective_learning_rate([0.3, 0.4], [3.0, 4.0]) == pytest.approx(0.1)
+    assert np.isnan(metrics.effective_learning_rate([0.3, 0.4], [0.0, 0.0]))
+
+
+@pytest.mark.parametrize("axis", [0, 1, (0, 2), -1])
+def test_axes_are_reduced_as_in_numpy(axis):
+    g, r = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    axes = tuple(a % 3 for a in ((axis,) if isinstance(axis, int) else axis))
+    kept = [a for a in range(3) if a not in axes]
+    moved = [np.transpose(x, (*kept, *axes)).reshape(-1, int(np.prod([x.shape[a] for a in axes]))) for x in (g, r)]
+    shape = tuple(g.shape[a] for a in kept)
+    names = ("cosine", "angle", "norm_ratio", "relative_error", "projection", "optimal_scale", "optimal_scale_error")
+    for name in names:
+        metric = getattr(metrics, name)
+        expected = np.array([metric(a, b) for a, b in zip(*moved, strict=True)]).reshape(shape)
+        np.testing.assert_allclose(metric(g, r, axis), expected, rtol=1e-12)
+        assert not np.allclose(metric(g, r, axis), metric(g, r))
+    agreement = metrics.sign_agreement(g, r, axis=axis).agreement
+    expected = [metrics.sign_agreement(a, b).agreement for a, b in zip(*moved, strict=True)]
+    np.testing.assert_allclose(agreement, np.reshape(expected, shape))
+
+
+def test_all_pairs_follow_from_the_gram_matrix():
+    rows = np.random.default_rng(1).normal(size=(4, 30))
+    for reference in (0, 2):
+        found = metrics.from_gram(rows @ rows.T, reference)
+        assert set(found) == set(metrics.GRAM_METRICS)
+        for name, values in found.items():
+            expected = [getattr(metrics, name)(row, rows[reference]) for row in rows]
+            np.testing.assert_allclose(values, expected, rtol=1e-7, atol=2e-6)
+    assert np.isnan(metrics.from_gram(np.array([[0.0, 0.0], [0.0, 1.0]]))["cosine"]).all()
+    assert np.isnan(metrics.from_gram(np.array([[np.inf, 0.0], [0.0, 1.0]]))["norm_ratio"]).all()
 
 
 def test_the_optimal_scale_follows_from_the_others():

@@ -217,7 +217,7 @@ def test_cutting_an_adaptive_neuron_keeps_or_stops_its_adaptation(x64, path):
 
 def test_cut_of_a_read_out_is_the_read_out_and_unknown_paths_are_refused():
     assert gl.LI().cut("spike") == gl.LI()
-    with pytest.raises(ValueError, match='cut=\'membrane\': choose "nothing", "reset" or "spike"'):
+    with pytest.raises(ValueError, match='cut=\'membrane\': choose "nothing", "reset", "adaptation" or "spike"'):
         gl.LIF().cut("membrane")
 
 

@@ -37,8 +37,9 @@ MIN_BOOTSTRAP_SEEDS = 8
 NO_REASON = "undefined, and no reason was recorded"
 _TEXT = ("study", "cell", "network", "train_rule", "rule", "layer", "metric", "flag")
 _LIMITS = {
-    "cosine": (-1.0, 1.0), "sign_agreement": (0.0, 1.0), "sign_coverage": (0.0, 1.0), "norm": (0.0, np.inf),
-    "norm_ratio": (0.0, np.inf), "relative_error": (0.0, np.inf), "accuracy": (0.0, 1.0),
+    "cosine": (-1.0, 1.0), "angle": (0.0, 180.0), "optimal_scale_error": (0.0, 1.0), "top_overlap": (0.0, 1.0),
+    "sign_agreement": (0.0, 1.0), "sign_coverage": (0.0, 1.0), "norm": (0.0, np.inf), "norm_ratio": (0.0, np.inf),
+    "relative_error": (0.0, np.inf), "accuracy": (0.0, 1.0),
     "firing_rate": (0.0, np.inf), "silent_units": (0.0, np.inf), "saturated_units": (0.0, np.inf),
     "silent_outputs": (0.0, np.inf), "classes_never_predicted": (0.0, np.inf),
 }  # fmt: skip

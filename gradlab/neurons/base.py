@@ -74,13 +74,14 @@ class Neuron(nn.RNNCellBase):
     def cut(self, path: str) -> Neuron:
         """The same neuron with a path of its Jacobian stopped, forward values unchanged.
 
-        `path` is "nothing", "reset" (the spike's effect on the membrane through the reset) or "spike" (every effect of
-        the spike on the neuron's own next state, adaptation included).
+        `path` is "nothing", "reset" (the spike's effect on the membrane through the reset), "adaptation" (its effect on
+        the neuron's adaptation, for those that adapt) or "spike" (every effect of the spike on the neuron's own next
+        state).
         """
-        if path == "nothing":
+        if path in ("nothing", "adaptation"):
             return self
         if path not in ("reset", "spike"):
-            raise ValueError(f'cut={path!r}: choose "nothing", "reset" or "spike"')
+            raise ValueError(f'cut={path!r}: choose "nothing", "reset", "adaptation" or "spike"')
         if not self.spiking:
             return self
         if "detach_reset" not in self.__dataclass_fields__:

@@ -117,4 +117,4 @@ class ALIF(Neuron):
 
     def cut(self, path: str) -> Neuron:
         cut = super().cut(path)
-        return cut.clone(detach_adaptation=True) if path == "spike" else cut
+        return cut.clone(detach_adaptation=True) if path in ("adaptation", "spike") else cut

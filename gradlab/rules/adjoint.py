@@ -44,15 +44,24 @@ class Learner(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """Who shares what: per rule its way, per layer the jobs, and per layer and rule the job."""
+    """Who shares what: per rule its way, per layer the jobs, per layer and rule the job, and per layer the job whose
+    delta a way hands down, for ways that go through time.
+    """
 
     ways: tuple[int, ...]
     jobs: tuple[tuple[Job, ...], ...]
     job_of: tuple[tuple[int, ...], ...]
+    through: tuple[dict[int, int], ...]
 
 
-def gradients(learners: Sequence[Learner], net: Network, params: Params, tape: Tape) -> list[Params]:
-    """The deferred gradients of composed rules over the whole tape, in their order."""
+def gradients(
+    learners: Sequence[Learner], net: Network, params: Params, tape: Tape, by_step: bool = False
+) -> list[Params]:
+    """The deferred gradients of composed rules over the whole tape, in their order.
+
+    With `by_step` they are split by the step at which the weights acted: leaves [time, ...], whose sum over time is the
+    gradient.
+    """
     shared = assign([learner.rule for learner in learners], net)
     views = {way: _view(learners[way], net, params, tape) for way in set(shared.ways)}
     forwards = tuple(running(net, params, k, tape.slices, jobs) for k, jobs in enumerate(shared.jobs))
@@ -60,35 +69,42 @@ def gradients(learners: Sequence[Learner], net: Network, params: Params, tape: T
     def chunk(carry: Any, now: Any) -> tuple[Any, None]:
         grads, held = carry
         updates, held = _chunk(learners, shared, net, params, tape.loss, held, *now)
+        if by_step:
+            return (grads, held), jax.tree.map(lambda leaf: leaf[None], updates)
         return (jax.tree.map(jnp.add, grads, updates), held), None
 
     start = tuple(
         tuple(layers.at_rest(net, params, k, tape.slices, job) for job in jobs) for k, jobs in enumerate(shared.jobs)
     )
-    zero = [jax.tree.map(jnp.zeros_like, params) for _ in learners]
-    size = plan.chunk_size(tape.n_steps)
+    zero = [] if by_step else [jax.tree.map(jnp.zeros_like, params) for _ in learners]
+    size = 1 if by_step else plan.chunk_size(tape.n_steps)
     rows = (tape.slices, views, forwards)
-    (grads, _), _ = plan.scan_chunks(chunk, (zero, start), rows, size, reverse=True)
-    return grads
+    (grads, _), steps = plan.scan_chunks(chunk, (zero, start), rows, size, reverse=True)
+    return steps if by_step else grads
 
 
 def assign(rules: Sequence[LocalRule], net: Network) -> Assignment:
     """Find what the rules share. A way is named by the first rule that takes it."""
     keys = [rule.way(position) for position, rule in enumerate(rules)]
     ways = tuple(keys.index(key) for key in keys)
-    jobs, job_of = [], []
+    jobs, job_of, through = [], [], []
     for layer in range(len(net.neurons)):
         found: dict[Any, Job] = {}
-        chosen = []
-        for rule, way in zip(rules, ways, strict=True):
-            local = rule.at(net, layer)
-            # The way's first rule stands for its slope; the others differ at most in the mean that they do not use.
-            name = (local.trace, local.memory, local.signal.slope, way)
-            found.setdefault(name, Job(local, way))
-            chosen.append(list(found).index(name))
+        chosen = [_job(found, rule.at(net, layer), way) for rule, way in zip(rules, ways, strict=True)]
+        # The delta of a job without memory is what its way hands down through time.
+        down = {way: rules[way].hands_down() for way in dict.fromkeys(ways)}
+        through.append({way: _job(found, local, way) for way, local in down.items() if local is not None})
         jobs.append(tuple(found.values()))
         job_of.append(tuple(chosen))
-    return Assignment(ways, tuple(jobs), tuple(job_of))
+    return Assignment(ways, tuple(jobs), tuple(job_of), tuple(through))
+
+
+def _job(found: dict[Any, Job], local: LocalRule, way: int) -> int:
+    """The place of a layer's job among those found, where it is put if it is new."""
+    # The way's first rule stands for its slope; the others differ at most in the mean that they do not use.
+    name = (local.trace, local.memory, local.signal.slope, way)
+    found.setdefault(name, Job(local, way))
+    return list(found).index(name)
 
 
 def _view(learner: Learner, net: Network, params: Params, tape: Tape) -> tuple[Array, Array] | None:
@@ -131,10 +147,13 @@ def _chunk(
         if not any(terms.values()):
             continue
         carried: tuple[LayerCarry, ...] = carries[layer]
-        found = layers.backwards(net, params, layer, slices, shared.jobs[layer], carried, terms, forwards[layer])
+        jobs, through = shared.jobs[layer], shared.through[layer]
+        found = layers.backwards(net, params, layer, slices, jobs, carried, terms, forwards[layer], through)
         after[layer] = found.carries
         for way, q in found.handed_down.items():
             sweeps[way].handed_down[layer] = q
+            if layer == net.last and way in through:
+                sweeps[way] = sweeps[way]._replace(readout_error=q)
         updates = parameter_gradients(net, params, layer, slices, shared.jobs[layer], found, forwards[layer])
         for grad, job in zip(grads, shared.job_of[layer], strict=True):
             grad[f"layer_{layer}"] = {**grad[f"layer_{layer}"], **updates[job]}

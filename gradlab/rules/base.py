@@ -85,6 +85,12 @@ class Rule(abc.ABC):
     def gradient(self, net: Network, params: Params, tape: Tape, state: Any, key: Array) -> Estimate:
         """The gradient of the tape's loss as this rule estimates it; `key` is for the noise of stochastic rules."""
 
+    def by_step(self, net: Network, params: Params, tape: Tape, state: Any, key: Array) -> Params | None:
+        """The gradient split by the step at which the weights acted, leaves [time, ...], whose sum over time is
+        `gradient`; None for a rule that does not know it.
+        """
+        return None
+
     def updated(self, net: Network, params: Params, state: Any) -> Any:
         """The rule's state after the optimizer changed the parameters; most rules keep it as it is."""
         return state

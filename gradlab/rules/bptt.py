@@ -59,6 +59,9 @@ class BPTT(Rule):
             return Estimate(jax.grad(loss)(params))
         return Estimate(backward(net, params, tape))
 
+    def by_step(self, net: Network, params: Params, tape: Tape, state: Any, key: Array) -> Params:
+        return backward(net, params, tape, by_step=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class TBPTT(Rule):
@@ -97,6 +100,11 @@ class TBPTT(Rule):
             return Estimate(backward(net, params, tape, cut_before=steps % self.k == 0))
         return Estimate(_sliding(net, params, tape, self.k))
 
+    def by_step(self, net: Network, params: Params, tape: Tape, state: Any, key: Array) -> Params | None:
+        if self.window == "sliding":
+            return None
+        return backward(net, params, tape, cut_before=np.arange(tape.n_steps) % self.k == 0, by_step=True)
+
 
 def require_steps(rule: str, name: str, value: Any) -> None:
     """Raise ValueError unless the value is a whole number of steps, at least one."""
@@ -117,10 +125,16 @@ def _sliding(net: Network, params: Params, tape: Tape, k: int) -> Params:
     return jax.lax.fori_loop(0, k, add_phase, jax.tree.map(jnp.zeros_like, params))
 
 
-def backward(net: Network, params: Params, tape: Tape, cut_before: Array | np.ndarray | None = None) -> Params:
-    """The exact backward sweep over a tape; `cut_before` [time] marks the steps whose past is stopped."""
+def backward(
+    net: Network,
+    params: Params,
+    tape: Tape,
+    cut_before: Array | np.ndarray | None = None,
+    by_step: bool = False,
+) -> Params:
+    """The exact backward sweep over a tape; `cut_before` and `by_step` as in `sweep`."""
     end = jax.tree.map(jnp.zeros_like, tape.end)
-    return sweep(net, params, tape.slices, end, cut_before)[0]
+    return sweep(net, params, tape.slices, end, cut_before, by_step)[0]
 
 
 def sweep(
@@ -129,6 +143,7 @@ def sweep(
     slices: Slices,
     cotangent: NetworkState,
     cut_before: Array | np.ndarray | None = None,
+    by_step: bool = False,
 ) -> tuple[Params, NetworkState]:
     """Back over slices, from the error on the state after them to the error on the state before them.
 
@@ -136,9 +151,10 @@ def sweep(
         net, params, slices: what was run.
         cotangent: the error on the state after the last step: of every state, and of every output that is read later.
         cut_before: [time], the steps whose past is stopped; None: none.
+        by_step: split the gradient by the step at which the weights acted.
 
     Returns:
-        The gradient, and the error on the state before the first step.
+        The gradient (leaves [time, ...] with `by_step`), and the error on the state before the first step.
     """
     dtype = slices.error.dtype
     n_steps = slices.inputs.shape[0]
@@ -147,13 +163,17 @@ def sweep(
     def chunk(carry: Any, now: Any) -> tuple[Any, None]:
         grads, held = carry
         update, held = _chunk(net, params, held, *now)
+        if by_step:
+            return (grads, held), jax.tree.map(lambda leaf: leaf[None], update)
         return (jax.tree.map(jnp.add, grads, update), held), None
 
     pending = {layer: s for layer, s in enumerate(cotangent.outputs) if s is not None}
-    start = (jax.tree.map(jnp.zeros_like, params), (tuple(cotangent.states), pending))
-    size = plan.chunk_size(n_steps)
-    (grads, (states, pending)), _ = plan.scan_chunks(chunk, start, (slices, keep), size, reverse=True)
-    return grads, NetworkState(states, tuple(pending.get(layer) for layer in range(len(net.neurons))))
+    zero = () if by_step else jax.tree.map(jnp.zeros_like, params)
+    start = (zero, (tuple(cotangent.states), pending))
+    size = 1 if by_step else plan.chunk_size(n_steps)
+    (grads, (states, pending)), steps = plan.scan_chunks(chunk, start, (slices, keep), size, reverse=True)
+    before = NetworkState(states, tuple(pending.get(layer) for layer in range(len(net.neurons))))
+    return (steps if by_step else grads), before
 
 
 def _chunk(net: Network, params: Params, held: Any, slices: Slices, keep: Array) -> tuple[Params, Any]:

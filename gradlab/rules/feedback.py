@@ -13,7 +13,8 @@ from jax import Array
 from gradlab.losses import Loss, PerStep
 from gradlab.network import Link, Network, Params
 from gradlab.rules.base import Shapes
-from gradlab.rules.signals import Pull, Signal, Sweep, Term, pull_through
+from gradlab.rules.signals import Pull, Signal, Sweep, Term, pull_through, require_through
+from gradlab.rules.traces import JacobianTrace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +34,15 @@ class DirectFeedback(Signal):
         seed: of the random matrix; each layer's is drawn from the seed and the layer's index only, and stays over a
             run.
         decay: of (2), in [0, 1).
+        through: the read-out's time that the error goes through, as in `SpatialBackprop`: D_t error_t is replaced by
+            the read-out's delta_t. Only of="error"; no streaming form.
     """
 
     matrix: str = "symmetric"
     of: str = "error"
     seed: int = 0
     decay: float = 0.0
+    through: JacobianTrace | None = None
 
     def __post_init__(self):
         if self.matrix not in ("symmetric", "random", "adaptive"):
@@ -47,6 +51,9 @@ class DirectFeedback(Signal):
             raise ValueError(f'DirectFeedback(of={self.of!r}): choose "error" or "target"')
         if not 0 <= self.decay < 1:
             raise ValueError(f"DirectFeedback(decay={self.decay!r}): the decay of an update lies in [0, 1)")
+        require_through(self)
+        if self.through is not None and self.of == "target":
+            raise ValueError('DirectFeedback(of="target", through=...): a target goes through no read-out')
 
     @property
     def uses_target(self) -> bool:  # type: ignore[override]

@@ -69,8 +69,9 @@ def backwards(
     carries: tuple[LayerCarry, ...],
     terms: Terms,
     forwards: Running,
+    through: dict[int, int],
 ) -> Found:
-    """Memory and trace of every job, backwards through a chunk.
+    """Memory and trace of every job, backwards through a chunk; `through` as in `Assignment`.
 
     The neuron is linearised inside the loop over time, because its Jacobians would not stay in the processor's cache.
     """
@@ -78,12 +79,12 @@ def backwards(
     hears = {way: [term.pull(term.error) for term in found] for way, found in terms.items() if found}
     prepared = {j: _prepare(net, params, layer, jobs[j], carries[j], terms[jobs[j].way]) for j in active}
     start = {j: (prepared[j].memory, carries[j].trace, carries[j].delta) for j in active}
-    down = _hands_down(net, layer, jobs, active)
+    down = _hands_down(net, layer, jobs, active, through)
     after: dict[int, Any] = {}
     found: tuple[dict[Any, Any], ...] = ({}, {}, {}, {})  # deltas, deltas of untraced biases, cotangents, q
     places = mean_places(net, layer, jobs)
     for group in _groups(start):
-        step = _step(net, params, layer, slices, {j: (jobs[j], prepared[j]) for j in group}, down, places)
+        step = _step(net, params, layer, slices, {j: (jobs[j], prepared[j]) for j in group}, down, through, places)
         heard = {jobs[j].way: hears[jobs[j].way] for j in group}
         own = {j: (prepared[j].filtered, forwards.posts[j]) for j in group}
         rows, begin = (slices.layers[layer], heard, forwards.means, own), {j: start[j] for j in group}
@@ -142,6 +143,7 @@ def _step(
     slices: Slices,
     group: dict[int, tuple[Job, Prepared]],
     down: dict[int, int],
+    through: dict[int, int],
     places: Sequence[int | None],
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
     """One step backwards of a few jobs: (carried, row) -> (carried, (deltas, of untraced biases, cotangents, q))."""
@@ -155,7 +157,11 @@ def _step(
         jacs = {cut: jacobians(net, params, layer, record, cut) for cut in cuts}
         mean = {j: None if places[j] is None else means[places[j]] for j in group}
         found = {j: back[j](held[j], record, jacs, heard, mean[j], *own[j]) for j in group}
-        q = {way: _handed(group[j][0].local, jacs, mean[j], heard[way]) for way, j in down.items() if j in group}
+        q = {
+            way: found[j][1] if way in through else _handed(group[j][0].local, jacs, mean[j], heard[way])
+            for way, j in down.items()
+            if j in group
+        }
         kept = {j: cotangents if trained else None for j, (_, _, _, cotangents) in found.items()}
         deltas, bare = ({j: f[i] for j, f in found.items()} for i in (1, 2))
         return {j: f[0] for j, f in found.items()}, (deltas, bare, kept, q)
@@ -204,13 +210,17 @@ def _remember(kernels: Sequence[Any], states: Any, signals: list[Array]) -> tupl
     return tuple(after), sum(passed[1:], passed[0])
 
 
-def _hands_down(net: Network, layer: int, jobs: Sequence[Job], active: Sequence[int]) -> dict[int, int]:
-    """Way -> a job that knows its slope, for the ways on which this layer hands its error to a layer below."""
+def _hands_down(
+    net: Network, layer: int, jobs: Sequence[Job], active: Sequence[int], through: dict[int, int]
+) -> dict[int, int]:
+    """Way -> a job that knows its slope, for the ways on which this layer hands its error to a layer below; the job
+    whose delta is handed down, for those in `through`.
+    """
     if not any(link.source != INPUT and not link.delay for link in net.links_into(layer)):
         return {}
     found: dict[int, int] = {}
     for j in active:
-        found.setdefault(jobs[j].way, j)
+        found.setdefault(jobs[j].way, through.get(jobs[j].way, j))
     return found
 
 

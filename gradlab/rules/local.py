@@ -45,6 +45,13 @@ class ComposedRule(StreamingRule):
         (grad,) = adjoint.gradients([Learner(self.compose(), state, key)], net, params, tape)
         return Estimate(grad, state)
 
+    def by_step(self, net: Network, params: Params, tape: Tape, state: Any, key: Array) -> Params | None:
+        rule = self.compose()
+        if any(rule.at(net, layer).trace.fades_input for layer in range(len(net.neurons))):
+            return None  # the trace of the input runs forwards: its sweep knows the error's step, not the input's
+        (grad,) = adjoint.gradients([Learner(rule, state, key)], net, params, tape, by_step=True)
+        return grad
+
     def updated(self, net: Network, params: Params, state: Any) -> Any:
         return self.compose().signal.updated(net, params, state)
 
@@ -110,8 +117,18 @@ class LocalRule(ComposedRule):
                 f'{type(self).__name__}: slope="leaky_mean" is a mean under a memory\'s kernel: give memory=NextLayer()'
             )
 
+        if self.signal.through is not None and (self.memory is not None or self.uses_mean):
+            raise ValueError(
+                "LocalRule(signal=...(through=...)): the error goes through the later layers' time already, leave "
+                'memory out and use slope="instant"'
+            )
+
     def compose(self) -> LocalRule:
         return self
+
+    def hands_down(self) -> LocalRule | None:
+        """The rule of one layer whose delta is the error that is handed down, for a signal that goes through time."""
+        return None if self.signal.through is None else LocalRule(self.signal.through)
 
     @property
     def uses_mean(self) -> bool:
@@ -179,10 +196,12 @@ def _objection(rule: LocalRule, net: Network, shapes: Shapes, loss: Loss, online
             f"{type(loss).__name__} is known only at the end of the sequence: use gl.PerStep, or update once "
             f"per sequence"
         )
+    down = rule.hands_down()
     for layer in range(len(net.neurons)):
-        reason = _layer_objection(rule.at(net, layer), net, shapes, layer)
-        if reason is not None:
-            return reason
+        for local in (rule.at(net, layer), *([] if down is None else [down])):
+            reason = _layer_objection(local, net, shapes, layer)
+            if reason is not None:
+                return reason
     if not isinstance(rule.prediction, Output):
         reason = _one_state(rule.prediction, net, shapes)
     if reason is None and online:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax import Array
 from gradlab.losses import Loss
 from gradlab.network import Link, Network, Params, fresh
 from gradlab.rules.base import Shapes
+from gradlab.rules.traces import JacobianTrace
 from gradlab.tape import Slices
 
 Pull = Callable[[Array], Array]
@@ -55,6 +56,8 @@ class Signal(abc.ABC):
     """True when an error is handed from layer to layer."""
     uses_target = False
     """True when the signal is made from the target or a local loss, not from the network's error."""
+    through = cast("JacobianTrace | None", None)
+    """The time inside later layers that an error goes through on its way down; None: none. Only known afterwards."""
 
     @abc.abstractmethod
     def terms(self, net: Network, params: Params, layer: int, feedback: Any, sweep: Sweep) -> list[Term]:
@@ -93,11 +96,17 @@ class SpatialBackprop(Signal):
         weights: "own", or "random", fixed weights in the place of W, drawn like new ones of the same network (feedback
             alignment).
         seed: of the random weights.
+        through: the time inside the layers that hand an error down. None: none, q_t = slope_t L_t. With a trace,
+            (3) q_t = delta_t, the error on the current that the trace's transpose gives: the error reaches the layers
+            below through the later layers' own memory, as in BPTT. `LocalRule(JacobianTrace(own="full"),
+            SpatialBackprop(through=JacobianTrace(own="full")))` is BPTT for networks without links back to earlier
+            layers. It needs the errors of later steps, so it has no streaming form.
     """
 
     slope: str = "instant"
     weights: str = "own"
     seed: int = 0
+    through: JacobianTrace | None = None
     backpropagates = True
 
     def __post_init__(self):
@@ -105,6 +114,9 @@ class SpatialBackprop(Signal):
             raise ValueError(f'SpatialBackprop(slope={self.slope!r}): choose "instant" or "leaky_mean"')
         if self.weights not in ("own", "random"):
             raise ValueError(f'SpatialBackprop(weights={self.weights!r}): choose "own" or "random"')
+        require_through(self)
+        if self.through is not None and self.slope != "instant":
+            raise ValueError('SpatialBackprop(slope="leaky_mean", through=...): a mean stands for time, leave one out')
 
     @property
     def has_state(self) -> bool:
@@ -124,6 +136,12 @@ class SpatialBackprop(Signal):
 
     def targets(self, net: Network, layer: int) -> list[int]:
         return [k.target for k in net.links_from(layer) if not k.delay]
+
+
+def require_through(signal: Signal) -> None:
+    """Raise TypeError unless the time that a signal goes through is a JacobianTrace or None."""
+    if signal.through is not None and not isinstance(signal.through, JacobianTrace):
+        raise TypeError(f"{type(signal).__name__}(through={signal.through!r}): give a JacobianTrace, or None")
 
 
 def pull_through(net: Network, params: Params, link: Link, sweep: Sweep) -> Pull:

@@ -248,6 +248,8 @@ def _is_shared(local: LocalRule, net: Network, params: Params, layer: int) -> bo
 
 def objection(rule: LocalRule, net: Network, shapes: Shapes, loss: Loss) -> str | None:
     """Why the streaming form cannot treat this network, or None."""
+    if rule.signal.through is not None:
+        return "its errors go through the time of later layers, which is known only afterwards: use the adjoint form"
     for layer in range(len(net.neurons)):
         local, name = rule.at(net, layer), f"layer_{layer}"
         if local.memory is not None and layer != net.last:

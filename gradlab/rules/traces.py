@@ -44,6 +44,9 @@ class Unit(NamedTuple):
     fade: Callable[[Any], Any] = lambda trace: trace
 
 
+CUTS = ("nothing", "reset", "adaptation", "spike")
+"""The paths of a neuron's Jacobian that a trace may stop."""
+
 OWN = ("none", "diagonal", "full")
 """How much of a layer's link to itself a trace follows."""
 
@@ -150,7 +153,8 @@ class JacobianTrace(Trace):
         own="diagonal":  dI_t -> dI_t + diag(R) e_{t-1},   L_t -> L_t + diag(R) delta_{t+1}
 
     Args:
-        cut: "nothing", "reset" or "spike": which path of the neuron's own Jacobian is stopped.
+        cut: "nothing", "reset", "adaptation" or "spike": which path of the neuron's own Jacobian is stopped
+            (`Neuron.cut`).
         own: "none" leaves the layer's link to itself out, "diagonal" keeps each unit's own share of it, "full" all.
     """
 
@@ -158,8 +162,8 @@ class JacobianTrace(Trace):
     own: str = "none"
 
     def __post_init__(self):
-        if self.cut not in ("nothing", "reset", "spike"):
-            raise ValueError(f'JacobianTrace(cut={self.cut!r}): choose "nothing", "reset" or "spike"')
+        if self.cut not in CUTS:
+            raise ValueError(f"JacobianTrace(cut={self.cut!r}): choose from {CUTS}")
         if self.own not in OWN:
             raise ValueError(f'JacobianTrace(own={self.own!r}): choose "none", "diagonal" or "full"')
 
