@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from landscape_parts import flat, skew_plane, tree, wavy
 
 from gradlab.analysis.landscape import (
     Landscape,
     Plane,
+    directed_plane,
+    interpolation_plane,
     landscape,
     losses_along,
     pca_plane,
@@ -20,30 +23,6 @@ from gradlab.analysis.landscape import (
 def double_precision():
     with jax.enable_x64(True):
         yield
-
-
-def tree(seed, lead=()):
-    """Parameters with a non-square kernel, a convolution, a bias and a neuron's leak per unit."""
-    rng = np.random.default_rng(seed)
-    shapes = {"kernel": (5, 3), "bias": (3,)}
-    return {
-        "layer_0": {
-            "connection": {name: jnp.asarray(rng.normal(size=lead + shape)) for name, shape in shapes.items()},
-            "neuron": {"leak": jnp.asarray(rng.normal(size=(*lead, 3)))},
-        },
-        "layer_1": {"connection": {"kernel": jnp.asarray(rng.normal(size=(*lead, 2, 3, 4, 5)))}},
-    }
-
-
-def flat(params):
-    return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree_util.tree_leaves(params)])
-
-
-def skew_plane():
-    """Axes that are neither orthogonal nor of length one: y contains half of x."""
-    x = jax.tree_util.tree_map(lambda leaf: 3.0 * leaf, tree(1))
-    y = jax.tree_util.tree_map(lambda u, v: 0.5 * u + 0.7 * v, x, tree(2))
-    return Plane(tree(0), x, y)
 
 
 def test_a_point_of_the_plane_comes_back_where_it_was_put():
@@ -167,11 +146,6 @@ def test_surface_equals_a_numpy_evaluation():
         assert ground.loss[i, j] == pytest.approx(np.mean(np.tanh(inputs @ kernel + bias) ** 2), rel=1e-12)
 
 
-def wavy(params):
-    kernel = params["layer_0"]["connection"]["kernel"]
-    return jnp.sum(jnp.sin(kernel) ** 2) + jnp.sum(params["layer_1"]["connection"]["kernel"] ** 2)
-
-
 def test_landscape_covers_its_trajectories_and_tells_the_true_loss():
     origin = tree(0)
     runs = {
@@ -246,3 +220,69 @@ def test_bad_input_is_refused_in_words():
         surface(lambda p: p["layer_0"]["connection"]["bias"], plane, np.zeros(1), np.zeros(1))
     with pytest.raises(ValueError, match="one leading axis"):
         landscape(wavy, plane, {"A": origin})
+
+
+# --- normalisations, directions of one's own, planes through three points ---
+
+
+def test_a_point_comes_back_in_float32_too():
+    plane = skew_plane()
+    single = jax.tree_util.tree_map(lambda leaf: leaf.astype(jnp.float32), (plane.origin, plane.x, plane.y))
+    with jax.enable_x64(False):
+        plane = Plane(*single)
+        point = plane.point(0.4, -0.7)
+        assert flat(point).dtype == np.float32
+        np.testing.assert_allclose(plane.project(point).coordinates, [0.4, -0.7], atol=1e-6)
+        assert np.abs(plane.project(plane.point(0.4, -0.7001)).coordinates - [0.4, -0.7]).max() > 1e-6
+
+
+def test_normalisation_by_weight_keeps_the_directions_signs():
+    params, own = tree(0), tree(5)
+    plane = directed_plane(params, own, tree(6), "weight")
+    w, d, x = (np.asarray(t["layer_0"]["connection"]["kernel"]) for t in (params, own, plane.x))
+    np.testing.assert_allclose(x, d * np.abs(w), rtol=1e-12)
+    assert not np.allclose(x, d * w)  # negative control: the signs of the weights would turn the direction
+    assert not np.any(plane.x["layer_0"]["connection"]["bias"]) and len(plane.ignored) == 2
+
+
+def test_directions_of_ones_own_are_scaled_filter_by_filter_however_short():
+    params = tree(0)
+    own = jax.tree_util.tree_map(lambda leaf: 1e-30 * leaf, tree(5))
+    own["layer_0"]["connection"]["kernel"] = own["layer_0"]["connection"]["kernel"].at[:, 1].set(0.0)
+    plane = directed_plane(params, own, tree(6), labels=("gradient of BPTT", "gradient of OSTL"))
+    w, x = (np.asarray(t["layer_0"]["connection"]["kernel"]) for t in (params, plane.x))
+    np.testing.assert_allclose(np.linalg.norm(x, axis=0)[[0, 2]], np.linalg.norm(w, axis=0)[[0, 2]], rtol=1e-12)
+    assert not x[:, 1].any()  # a filter that the direction leaves alone stays
+    rows = np.linalg.norm(x[:, [0, 2]], axis=1) / np.linalg.norm(w[:, [0, 2]], axis=1)
+    assert np.abs(rows - 1).max() > 0.1  # negative control: the other axis
+    assert (plane.kind, plane.labels) == ("directed", ("gradient of BPTT", "gradient of OSTL"))
+
+
+def test_names_that_are_ignored():
+    params = {**tree(0), "norm": {"scale": jnp.ones((3, 4))}}
+    plane = random_plane(params, jax.random.key(0))
+    assert "norm/scale" in plane.ignored and not np.any(plane.x["norm"]["scale"])
+    assert np.any(random_plane(params, jax.random.key(0), ignore=("bias",)).x["norm"]["scale"])
+    free = random_plane(params, jax.random.key(0), "none")
+    assert not np.any(free.x["layer_0"]["neuron"]["leak"])  # a trained constant of a neuron stays by default
+    runs = [tree(3, (6,))]
+    still = pca_plane(runs, tree(0), ignore=("bias", "neuron"))
+    assert not np.any(still.x["layer_0"]["neuron"]["leak"]) and np.any(pca_plane(runs, tree(0)).x["layer_0"]["neuron"])
+    # What is ignored counts in the whole displacement: shares agree with the projection.
+    assert still.project(runs[0]).share == pytest.approx(sum(still.explained), rel=1e-9)
+    assert sum(still.explained) < sum(pca_plane(runs, tree(0)).explained)
+
+
+def test_interpolation_plane_gives_its_three_points_the_corners():
+    origin, x_end, y_end = tree(0), tree(1), tree(2)
+    plane = interpolation_plane(origin, x_end, y_end, names=("BPTT", "OSTL", "SLTT"))
+    for params, corner in ((origin, (0, 0)), (x_end, (1, 0)), (y_end, (0, 1))):
+        np.testing.assert_allclose(plane.project(params).coordinates, corner, atol=1e-12)
+        np.testing.assert_allclose(flat(plane.point(*corner)), flat(params), atol=1e-12)
+    assert np.abs(plane.project(tree(3)).coordinates - [1, 0]).max() > 0.1  # negative control: a fourth point
+    assert plane.labels == ("from BPTT to OSTL (share of the way)", "from BPTT to SLTT (share of the way)")
+    view = landscape(wavy, plane, {}, points=3)
+    assert view.a[0] < 0 and view.a[-1] > 1 and view.b[0] < 0 and view.b[-1] > 1
+    with pytest.raises(ValueError, match="parallel"):
+        between = jax.tree_util.tree_map(lambda o, e: ((o + e) / 2).astype(jnp.float32), origin, x_end)
+        interpolation_plane(origin, x_end, between)

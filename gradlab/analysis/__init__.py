@@ -1,7 +1,7 @@
 """Analyses of gradients, training and networks: why a gradient is off, whether it matters, and how sure one can be.
 
-Each computes an object that shows itself: `.to_frame()` gives a tidy frame, `.plot(ax=...)` draws it. The functions can be
-called from here, `gl.analysis.attribute(...)`; each module's docstring has the equations.
+Each computes an object that shows itself: `.to_frame()` gives a tidy frame, `.plot(ax=...)` draws it. The functions can
+be called from here, `gl.analysis.attribute(...)`; each module's docstring has the equations.
 """
 
 import importlib
@@ -9,15 +9,36 @@ from typing import Any
 
 _FUNCTIONS = {
     "attribute": "attribution",
+    "best_steps": "descent",
+    "cka": "representation",
+    "compare_representations": "representation",
+    "curvature_along": "curvature",
+    "descent_ratios": "descent",
+    "estimator_noise": "noise",
     "lag_profile": "lags",
+    "line_between": "lines",
+    "line_profile": "lines",
+    "loss_function": "objective",
+    "network_health": "health",
     "over_time": "timeline",
+    "pca_plane": "plane",
+    "performance_profile": "statistics",
+    "random_plane": "plane",
+    "spectral_density": "density",
+    "summary_table": "statistics",
+    "top_eigenvalues": "spectrum",
     "update_alignment": "alignment",
+    "updates_to_target": "updates",
 }
 """Functions that can be called from here -> their modules."""
 
-_MODULES = ("alignment", "attribution", "lags", "landscape", "similarity", "timeline")
+_MODULES = (
+    "alignment", "attribution", "between", "curvature", "density", "descent", "health", "hessian_map", "lags",
+    "landscape", "lines", "noise", "objective", "plane", "representation", "similarity", "spectrum", "statistics",
+    "timeline", "updates",
+)  # fmt: skip
 
-__all__ = [*_FUNCTIONS, *_MODULES]  # noqa: PLE0604  names are found by __getattr__
+__all__ = [*_FUNCTIONS, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

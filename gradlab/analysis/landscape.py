@@ -4,30 +4,47 @@ After Li et al. (2018, Visualizing the Loss Landscape of Neural Nets, NeurIPS, a
 `gradlab.analysis.plane` holds the equations of the plane and of the projection.
 
 How not to read a landscape: a plane shows two directions out of thousands. `captured` says which share of a
-path's squared displacement lies in the plane, and `path_loss` is the true loss at the points of the path,
-off the plane.
+path's squared displacement lies in the plane, `distance` how far each checkpoint is from it, and `path_loss` is
+the true loss at the points of the path, off the plane.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradlab.analysis.plane import Params, Plane, Projection, leading_axes, moved, pca_plane, random_plane
+from gradlab.analysis.objective import LossOfParams, compiled, loss_function, losses_along, points_at_once, scalar
+from gradlab.analysis.plane import (
+    Plane,
+    Projection,
+    directed_plane,
+    interpolation_plane,
+    moved,
+    pca_plane,
+    random_plane,
+)  # fmt: skip
+from gradlab.analysis.stored import read_arrays, write_arrays
+from gradlab.analysis.trees import Params, leading_axes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
-    "Landscape", "Plane", "Projection", "landscape", "losses_along", "pca_plane", "random_plane", "surface",
+    "Landscape", "Plane", "Projection", "directed_plane", "interpolation_plane", "landscape", "loss_function",
+    "losses_along", "pca_plane", "random_plane", "surface",
 ]  # fmt: skip
 
-Loss = Callable[[Params], jax.Array]
 Extent = tuple[tuple[float, float], tuple[float, float]]
+
+_PER_PATH = ("coordinates", "path_loss", "distance", "captured_at")
+_NOT_STORED = "the file was written before distances were stored: compute the landscape again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +55,13 @@ class Landscape:
         a, b: coordinates along x and y.
         loss: [len(b), len(a)], so that row i stands for b[i] and column j for a[j]. NaN where the loss is
             not a number.
-        kind, explained: as in `Plane`.
+        kind, explained, labels: as in `Plane`.
         coordinates: per path, [checkpoints, 2], the (a, b) of its checkpoints.
         path_loss: per path, [checkpoints], the true loss there, which is not the surface's when the path
             leaves the plane.
         captured: per path, the share of its squared displacement from the origin that the plane shows.
+        distance: per path, [checkpoints], the length of the part outside the plane, in units of the weights.
+        captured_at: per path, [checkpoints], the share `captured` of each checkpoint alone.
     """
 
     a: np.ndarray
@@ -53,40 +72,42 @@ class Landscape:
     coordinates: Mapping[str, np.ndarray] = field(default_factory=dict)
     path_loss: Mapping[str, np.ndarray] = field(default_factory=dict)
     captured: Mapping[str, float] = field(default_factory=dict)
+    distance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    captured_at: Mapping[str, np.ndarray] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a .npz file (no pickle), by rename, so that a half-written file never carries the name."""
-        path = Path(path)
         names = list(self.coordinates)
-        arrays: dict[str, Any] = {"a": self.a, "b": self.b, "loss": self.loss, "kind": np.array(self.kind)}
+        arrays: dict[str, Any] = {"a": self.a, "b": self.b, "loss": self.loss, "kind": self.kind}
         arrays["explained"] = np.array(self.explained, dtype=np.float64)
+        arrays["labels"] = np.array(self.labels, dtype=np.str_)
         arrays["names"] = np.array(names, dtype=np.str_)
         arrays["captured"] = np.array([self.captured[name] for name in names], dtype=np.float64)
-        for i, name in enumerate(names):
-            arrays[f"coordinates_{i}"] = self.coordinates[name]
-            arrays[f"path_loss_{i}"] = self.path_loss[name]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        with open(unfinished, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(unfinished, path)
-        return path
+        for what in _PER_PATH:
+            held: Mapping[str, np.ndarray] = getattr(self, what)
+            arrays |= {f"{what}_{i}": held[name] for i, name in enumerate(names) if name in held}
+        return write_arrays(path, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Landscape:
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as data:
-            names = [str(name) for name in data["names"]]
-            return cls(
-                a=data["a"],
-                b=data["b"],
-                loss=data["loss"],
-                kind=str(data["kind"]),
-                explained=tuple(float(share) for share in data["explained"]),
-                coordinates={name: data[f"coordinates_{i}"] for i, name in enumerate(names)},
-                path_loss={name: data[f"path_loss_{i}"] for i, name in enumerate(names)},
-                captured={name: float(share) for name, share in zip(names, data["captured"], strict=True)},
-            )
+        """Read what `save` wrote. A file from before distances were stored gives empty `distance`, `captured_at`."""
+        data = read_arrays(path, "landscape", ("a", "b", "loss", "kind", "explained", "names", "captured"))
+        names = [str(name) for name in data["names"]]
+        per_path = {
+            what: {name: data[f"{what}_{i}"] for i, name in enumerate(names) if f"{what}_{i}" in data}
+            for what in _PER_PATH
+        }
+        return cls(
+            a=data["a"],
+            b=data["b"],
+            loss=data["loss"],
+            kind=str(data["kind"]),
+            explained=tuple(float(share) for share in data["explained"]),
+            captured={name: float(share) for name, share in zip(names, data["captured"], strict=True)},
+            labels=tuple(str(label) for label in data.get("labels", ())),
+            **per_path,
+        )
 
     def loss_on_plane(self, name: str) -> np.ndarray:
         """The surface's loss where a path is projected to, [checkpoints], interpolated linearly in the grid.
@@ -98,51 +119,96 @@ class Landscape:
         at = RegularGridInterpolator((self.b, self.a), self.loss, bounds_error=False, fill_value=np.nan)
         return np.asarray(at(self.coordinates[name][:, ::-1]))
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draw it (`gradlab.report.plots.landscape`); returns the matplotlib Axes."""
-        from gradlab.report import plots  # loaded here: matplotlib is not needed to compute
+    def to_frame(self) -> pd.DataFrame:
+        """One row per path and checkpoint: path, checkpoint, a, b, captured, distance, loss, loss_on_plane, flag.
 
-        return plots.landscape(self, ax=ax)
+        `captured` is that of the checkpoint alone, `loss` the true loss at it, `loss_on_plane` the surface's below
+        it. `flag` says why a number is missing.
+        """
+        import pandas as pd  # loaded here: not needed to compute
+
+        frames = [pd.DataFrame(self._rows(name)) for name in self.coordinates]
+        columns = ["path", "checkpoint", "a", "b", "captured", "distance", "loss", "loss_on_plane", "flag"]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+    def _rows(self, name: str) -> dict[str, Any]:
+        at, true, ground = self.coordinates[name], self.path_loss[name], self.loss_on_plane(name)
+        unknown = np.full(len(at), np.nan)
+        lost = ~np.isfinite(at).all(axis=1)
+        inside = (at >= (self.a.min(), self.b.min())).all(axis=1) & (at <= (self.a.max(), self.b.max())).all(axis=1)
+        reasons = [
+            (lost, "the parameters are not finite"),
+            (~np.isfinite(true) & ~lost, "the loss is not finite"),
+            (~inside & ~lost, "outside the grid"),
+            (~np.isfinite(ground) & inside, "the surface is not finite here"),
+            (np.full(len(at), name not in self.distance), _NOT_STORED),
+        ]
+        flags = ["; ".join(words for where, words in reasons if where[i]) for i in range(len(at))]
+        return {
+            "path": name,
+            "checkpoint": np.arange(len(at)),
+            "a": at[:, 0],
+            "b": at[:, 1],
+            "captured": self.captured_at.get(name, unknown),
+            "distance": self.distance.get(name, unknown),
+            "loss": true,
+            "loss_on_plane": ground,
+            "flag": flags,
+        }
+
+    def plot(self, ax: Any = None, view: Literal["contour", "surface"] = "contour", **options: Any) -> Any:
+        """Draw it; returns the matplotlib Axes.
+
+        Args:
+            ax: where to draw; for "surface" three-dimensional axes.
+            view: "contour" (`gradlab.report.plots_landscape.landscape`) or "surface", in three dimensions
+                (`gradlab.report.plots_surface.surface`).
+            options: passed to that function.
+        """
+        from gradlab.report import plots_landscape, plots_surface  # loaded here: matplotlib is not needed to compute
+
+        if view not in ("contour", "surface"):
+            raise ValueError(f"view={view!r}: there are 'contour' and 'surface'")
+        draw: Any = plots_landscape.landscape if view == "contour" else plots_surface.surface
+        return draw(self, ax=ax, **options)
 
 
 def surface(
-    loss_of_params: Loss, plane: Plane, a: np.ndarray, b: np.ndarray, batch_size: int | None = None
+    loss_of_params: LossOfParams, plane: Plane, a: np.ndarray, b: np.ndarray, batch_size: int | None = None
 ) -> Landscape:
     """The loss at every point of a grid on the plane: `loss` is [len(b), len(a)].
 
     Args:
-        loss_of_params: a function from parameters to a scalar that JAX can trace.
+        loss_of_params: a function from parameters to a scalar that JAX can trace; `loss_function(net, batch, loss)`
+            makes one.
         plane: the plane.
         a, b: coordinates along the two directions, one axis each.
-        batch_size: how many points are evaluated at once (by vmap); None evaluates them one after the
-            other, which is the faster choice on CPU and needs the least memory.
+        batch_size: how many points are evaluated at once (by vmap). None: one after the other on a CPU, where that
+            is the faster choice and needs the least memory; on an accelerator as many as fit well into its memory.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.ndim != 1 or b.ndim != 1 or not a.size or not b.size:
         raise ValueError(f"a and b must be vectors with at least one entry; their shapes are {a.shape} and {b.shape}")
     grid_b, grid_a = np.meshgrid(b, a, indexing="ij")
     points = jnp.asarray(np.stack([grid_a.ravel(), grid_b.ravel()], axis=1))
-
-    @jax.jit
-    def evaluate(origin: Params, x: Params, y: Params, points: jax.Array) -> jax.Array:
-        # The trees are arguments, or the compiler would try to fold them as constants.
-        def at(c: jax.Array) -> jax.Array:
-            return _scalar(loss_of_params(moved(origin, x, y, c[0], c[1])))
-
-        return jax.lax.map(at, points, batch_size=batch_size)
-
+    size = points_at_once(loss_of_params, plane.origin, len(points), batch_size)
+    evaluate = compiled(_on_plane, loss_of_params, batch_size=size)
     loss = np.asarray(evaluate(plane.origin, plane.x, plane.y, points), dtype=np.float64)
-    return Landscape(a, b, loss.reshape(len(b), len(a)), plane.kind, plane.explained)
+    return Landscape(a, b, loss.reshape(len(b), len(a)), plane.kind, plane.explained, labels=plane.labels)
 
 
-def losses_along(loss_of_params: Loss, trajectory: Params, batch_size: int | None = None) -> np.ndarray:
-    """The true loss at each checkpoint of a trajectory (one leading axis): [checkpoints]."""
-    evaluate = jax.jit(lambda run: jax.lax.map(lambda p: _scalar(loss_of_params(p)), run, batch_size=batch_size))
-    return np.asarray(evaluate(jax.tree_util.tree_map(jnp.asarray, trajectory)), dtype=np.float64)
+def _on_plane(
+    loss_of_params: LossOfParams, origin: Params, x: Params, y: Params, points: jax.Array, batch_size: int | None
+) -> jax.Array:
+    # The trees are arguments, or the compiler would try to fold them as constants.
+    def at(c: jax.Array) -> jax.Array:
+        return scalar(loss_of_params(moved(origin, x, y, c[0], c[1])))
+
+    return jax.lax.map(at, points, batch_size=batch_size)
 
 
 def landscape(
-    loss_of_params: Loss,
+    loss_of_params: LossOfParams,
     plane: Plane,
     trajectories: Mapping[str, Params],
     points: int | tuple[int, int] = 31,
@@ -155,11 +221,11 @@ def landscape(
     Args:
         loss_of_params: a function from parameters to a scalar.
         plane: the plane.
-        trajectories: name -> parameters with one leading axis (checkpoints).
+        trajectories: name -> parameters with one leading axis (checkpoints), of as many rules and seeds as wanted.
         points: grid points per axis, or (along x, along y).
         margin: how far the grid reaches beyond the trajectories and the origin, as a share of their width.
-        extent: ((a_min, a_max), (b_min, b_max)) instead of that choice. By default it reaches to -1 and 1
-            at least in a random plane, and without trajectories.
+        extent: ((a_min, a_max), (b_min, b_max)) instead of that choice. By default it reaches to -1 and 1 at least
+            in a plane of normalised directions, and to all three points of an interpolation plane.
         batch_size: as in `surface`.
     """
     projections = {}
@@ -171,13 +237,9 @@ def landscape(
     n_a, n_b = (points, points) if isinstance(points, int) else points
     if min(n_a, n_b) < 2:
         raise ValueError(f"points must be at least 2 per axis, not {points}")
-    # In a random plane the paths are a dot; it is read one filter norm each way.
-    least = 1.0 if plane.kind == "random" else 0.0
-    extent = extent or _extent([p.coordinates for p in projections.values()], margin, least)
-    (a_low, a_high), (b_low, b_high) = extent
-    ground = surface(
-        loss_of_params, plane, np.linspace(a_low, a_high, n_a), np.linspace(b_low, b_high, n_b), batch_size
-    )
+    (a_low, a_high), (b_low, b_high) = extent or _extent(plane, projections.values(), margin)
+    a, b = np.linspace(a_low, a_high, n_a), np.linspace(b_low, b_high, n_b)
+    ground = surface(loss_of_params, plane, a, b, batch_size)
     return Landscape(
         ground.a,
         ground.b,
@@ -187,11 +249,15 @@ def landscape(
         {name: projection.coordinates for name, projection in projections.items()},
         {name: losses_along(loss_of_params, run, batch_size) for name, run in trajectories.items()},
         {name: projection.share for name, projection in projections.items()},
+        {name: projection.distance for name, projection in projections.items()},
+        {name: projection.captured for name, projection in projections.items()},
+        plane.labels,
     )
 
 
-def _extent(paths: Sequence[np.ndarray], margin: float, least: float) -> Extent:
-    points = np.concatenate([np.zeros((1, 2)), *paths])
+def _extent(plane: Plane, projections: Iterable[Projection], margin: float) -> Extent:
+    corners = [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]] if plane.kind == "interpolation" else [[0.0, 0.0]]
+    points = np.concatenate([corners, *(projection.coordinates for projection in projections)])
     points = points[np.isfinite(points).all(axis=1)]
     low, high = points.min(axis=0), points.max(axis=0)
     width = high - low
@@ -201,11 +267,7 @@ def _extent(paths: Sequence[np.ndarray], margin: float, least: float) -> Extent:
     missing = np.maximum(0.0, 0.2 * width.max() - width)
     low, high = low - missing / 2, high + missing / 2
     low, high = low - margin * (high - low), high + margin * (high - low)
+    # Among random directions the paths are a dot; the plane is read one filter norm each way.
+    least = 1.0 if plane.kind in ("random", "directed") else 0.0
     low, high = np.minimum(low, -least), np.maximum(high, least)
     return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
-
-
-def _scalar(loss: jax.Array) -> jax.Array:
-    if jnp.shape(loss) != ():
-        raise ValueError(f"loss_of_params must return a scalar, it returned the shape {jnp.shape(loss)}")
-    return loss

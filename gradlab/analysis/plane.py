@@ -4,16 +4,10 @@ A plane is a point (the origin) and two directions of the same shape as the para
 
     (1)  theta(a, b) = origin + a * x + b * y
 
-Random directions are scaled filter by filter (Li et al. 2018, Visualizing the Loss Landscape of Neural
-Nets, NeurIPS, arXiv:1712.09913), because otherwise the sharpness seen depends on how weights happen to be
-scaled:
+Its directions are random or your own, scaled to the weights (`gradlab.analysis.directions`), principal directions
+of training paths, or lead from one set of parameters to two others. Paths are projected by least squares,
 
-    (2)  d_i <- d_i * |w_i| / (|d_i| + 1e-10)          i: one output unit
-
-In Flax a Dense kernel is [in, out] and a Conv kernel [..., in, out]: the filter of an output unit is
-everything but the last axis, a *column*. Paths are projected by least squares,
-
-    (3)  (a, b) = argmin | theta - origin - a * x - b * y |
+    (2)  (a, b) = argmin | theta - origin - a * x - b * y |
 
 and never by dot products over norms, which are coordinates only if the directions are orthogonal and of
 length one.
@@ -23,21 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Params = Any
-Normalization = Literal["filter", "layer", "none"]
+from gradlab.analysis.directions import IGNORED, Normalization, ignored_paths, normalised, random_direction
+from gradlab.analysis.trees import Params, displacements, flat, leading_axes, path_names, require_same_shapes, unflat
 
 
 class Projection(NamedTuple):
     """Where parameters stand relative to a plane. All arrays have the parameters' leading axes.
 
     Attributes:
-        coordinates: [..., 2], the (a, b) of equation (3).
+        coordinates: [..., 2], the (a, b) of equation (2).
         captured: [...], share of the squared displacement from the origin that lies in the plane, 0 to 1. A
             point at the origin lies in the plane: 1.
         distance: [...], the length of the part outside the plane, in units of the weights.
@@ -58,12 +52,13 @@ class Plane:
         origin: parameters, a tree of arrays.
         x, y: directions, trees of the same structure and shapes. They need not be orthogonal or of length
             one.
-        kind: "random" or "pca", or a word of your own.
+        kind: "random", "pca", "interpolation", "directed", or a word of your own.
         ignored: paths of the parameters that the plane does not move on purpose.
         explained: for "pca", the share of the squared displacements that each direction explains, else empty.
+        labels: what the two axes are called in figures; empty: what the kind says.
 
     Raises:
-        ValueError: if structures or shapes differ, or the directions do not span a plane.
+        ValueError: if structures or shapes differ, the directions do not span a plane, or there is one label.
     """
 
     origin: Params
@@ -72,8 +67,11 @@ class Plane:
     kind: str = "custom"
     ignored: tuple[str, ...] = ()
     explained: tuple[float, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.labels) not in (0, 2):
+            raise ValueError(f"labels={self.labels!r}: a plane has two axes, give two labels or none")
         for name, direction in (("x", self.x), ("y", self.y)):
             lead = leading_axes(self.origin, direction, f"direction {name}")
             if lead:
@@ -82,7 +80,7 @@ class Plane:
         norms = np.linalg.norm(axes, axis=0)
         if not np.all(np.isfinite(norms)) or not np.all(norms > 0):
             raise ValueError(f"directions must be finite and not zero; x has length {norms[0]}, y {norms[1]}")
-        if np.linalg.svd(axes / norms, compute_uv=False)[-1] < 1e-8:
+        if np.linalg.svd(axes / norms, compute_uv=False)[-1] < 1e-6:
             raise ValueError("directions x and y are parallel: they span a line, not a plane")
 
     def point(self, a: Any, b: Any) -> Params:
@@ -90,13 +88,13 @@ class Plane:
         return moved(self.origin, self.x, self.y, a, b)
 
     def project(self, params: Params) -> Projection:
-        """Least-squares coordinates, equation (3), in float64. `params` may carry leading axes, as a
+        """Least-squares coordinates, equation (2), in float64. `params` may carry leading axes, as a
         trajectory does.
 
         Every parameter counts in `captured` and `distance`, the ignored ones too.
         """
         lead = leading_axes(self.origin, params, "params")
-        displacement = _displacements(self.origin, params)
+        displacement = displacements(self.origin, params)
         axes = self._axes()
         norms = np.linalg.norm(axes, axis=0)
         finite = np.isfinite(displacement).all(axis=1)
@@ -115,51 +113,83 @@ class Plane:
         )
 
     def _axes(self) -> np.ndarray:
-        return np.stack([_flat(self.x), _flat(self.y)], axis=1)
+        return np.stack([flat(self.x), flat(self.y)], axis=1)
 
 
 def random_plane(
-    params: Params, key: jax.Array, normalization: Normalization = "filter", ignore: Sequence[str] = ("bias",)
+    params: Params, key: jax.Array, normalization: Normalization = "filter", ignore: Sequence[str] = IGNORED
 ) -> Plane:
     """A plane through `params` along two independent directions with N(0, 1) entries.
 
     Args:
         params: the origin.
         key: a JAX random key.
-        normalization: "filter" for equation (2); "layer" scales each whole tensor to the norm of its
-            weights; "none".
-        ignore: names; a parameter is not moved if one part of its path has such a name. With "filter" and
-            "layer" parameters of fewer than two axes (thresholds, leaks) are not moved either: they have no
-            filters.
+        normalization: "filter", "layer", "weight" or "none", as defined in `gradlab.analysis.directions`.
+        ignore: names; a parameter is not moved if one part of its path has such a name. Parameters of fewer than
+            two axes (thresholds, leaks) have no filters and are moved with "none" only.
 
     Raises:
         ValueError: for an unknown normalization, or if nothing is left to move.
     """
-    if normalization not in ("filter", "layer", "none"):
-        raise ValueError(f"normalization must be 'filter', 'layer' or 'none', not {normalization!r}")
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = [_name(path) for path, _ in leaves]
-    still = [
-        bool(set(name.split("/")) & set(ignore)) or (normalization != "none" and jnp.ndim(leaf) < 2)
-        for name, (_, leaf) in zip(paths, leaves, strict=True)
-    ]
-    if all(still):
-        raise ValueError(f"nothing to move: all of {', '.join(paths)} are ignored (ignore={tuple(ignore)})")
-
-    def direction(key: jax.Array) -> Params:
-        keys = jax.random.split(key, len(leaves))
-        parts = [
-            jnp.zeros_like(leaf) if fixed else _normalised(k, jnp.asarray(leaf), normalization)
-            for k, fixed, (_, leaf) in zip(keys, still, leaves, strict=True)
-        ]
-        return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(params), parts)
-
+    ignored = ignored_paths(params, normalization, ignore)
     key_x, key_y = jax.random.split(key)
-    ignored = tuple(name for name, fixed in zip(paths, still, strict=True) if fixed)
-    return Plane(params, direction(key_x), direction(key_y), "random", ignored)
+    x, y = (random_direction(params, k, normalization, ignore) for k in (key_x, key_y))
+    return Plane(params, x, y, "random", ignored)
 
 
-def pca_plane(trajectories: Mapping[str, Params] | Sequence[Params], origin: Params) -> Plane:
+def directed_plane(
+    origin: Params,
+    x: Params,
+    y: Params,
+    normalization: Normalization = "filter",
+    ignore: Sequence[str] = IGNORED,
+    labels: Sequence[str] = (),
+) -> Plane:
+    """A plane along two directions of your own (gradients of two rules, say), scaled to the weights.
+
+    Args:
+        origin: parameters.
+        x, y: directions, trees like the origin. `Plane(origin, x, y)` takes them as they are.
+        normalization, ignore: as in `random_plane`.
+        labels: what the two axes are called in figures.
+
+    Raises:
+        ValueError: for trees that differ, an unknown normalization, if nothing is left to move, or if the scaled
+            directions do not span a plane.
+    """
+    for name, direction in (("x", x), ("y", y)):
+        require_same_shapes(origin, direction, f"direction {name}")
+    ignored = ignored_paths(origin, normalization, ignore)
+    x, y = (normalised(direction, origin, normalization, ignore) for direction in (x, y))
+    return Plane(origin, x, y, "directed", ignored, labels=tuple(labels))
+
+
+def interpolation_plane(
+    origin: Params, x_end: Params, y_end: Params, names: Sequence[str] = ("the origin", "the x end", "the y end")
+) -> Plane:
+    """The plane through three sets of parameters, which get the coordinates (0, 0), (1, 0) and (0, 1).
+
+    Every parameter moves, biases and neurons' constants included: the ends must be reached.
+
+    Args:
+        origin, x_end, y_end: parameters, for example where training with three rules ended.
+        names: what the three are called on the axes of figures.
+
+    Raises:
+        ValueError: for trees that differ, or three points on one line.
+    """
+    if len(names) != 3:
+        raise ValueError(f"names={tuple(names)!r}: three points have three names")
+    for name, end in (("x_end", x_end), ("y_end", y_end)):
+        require_same_shapes(origin, end, name)
+    x, y = (unflat(displacements(origin, end)[0], origin) for end in (x_end, y_end))
+    labels = tuple(f"from {names[0]} to {end} (share of the way)" for end in names[1:])
+    return Plane(origin, x, y, "interpolation", labels=labels)
+
+
+def pca_plane(
+    trajectories: Mapping[str, Params] | Sequence[Params], origin: Params, ignore: Sequence[str] = ()
+) -> Plane:
     """The plane through `origin` that captures most of the squared displacement of all checkpoints together.
 
     Its directions are the first two right singular vectors, of length one, of the matrix with a row
@@ -170,16 +200,23 @@ def pca_plane(trajectories: Mapping[str, Params] | Sequence[Params], origin: Par
     Args:
         trajectories: parameters with leading axes (checkpoints), by name or in a list.
         origin: parameters.
+        ignore: names of parameters that the plane does not move, as in `random_plane`. `explained` is a share of
+            all displacement, the ignored parameters' included.
 
     Raises:
         ValueError: if the displacements do not span a plane.
     """
     runs = dict(trajectories) if isinstance(trajectories, Mapping) else dict(enumerate(trajectories))
+    if not runs:
+        raise ValueError("no trajectories: give at least one, or use random_plane")
     for name, run in runs.items():
         leading_axes(origin, run, f"trajectory {name!r}")
-    rows = np.concatenate([_displacements(origin, run) for run in runs.values()])
+    ignored = ignored_paths(origin, "none", ignore)
+    rows = np.concatenate([displacements(origin, run) for run in runs.values()])
     rows = rows[np.isfinite(rows).all(axis=1)]
-    _, values, vectors = np.linalg.svd(rows, full_matrices=False)
+    leaves = zip(path_names(origin), jax.tree.leaves(origin), strict=True)
+    free = np.concatenate([np.full(np.size(leaf), name not in ignored) for name, leaf in leaves])
+    _, values, vectors = np.linalg.svd(rows * free, full_matrices=False)
     if len(values) < 2 or not values[1] > 1e-6 * values[0]:
         raise ValueError(
             f"{len(rows)} finite checkpoints lie on one line through the origin (singular values "
@@ -187,8 +224,19 @@ def pca_plane(trajectories: Mapping[str, Params] | Sequence[Params], origin: Par
         )
     # A singular vector is defined up to its sign: make the largest entry positive.
     axes = [v * np.sign(v[np.argmax(np.abs(v))]) for v in vectors[:2]]
-    explained = tuple(float(share) for share in values[:2] ** 2 / (values**2).sum())
-    return Plane(origin, _unflat(axes[0], origin), _unflat(axes[1], origin), "pca", (), explained)
+    explained = tuple(float(share) for share in values[:2] ** 2 / (rows**2).sum())
+    return Plane(origin, unflat(axes[0], origin), unflat(axes[1], origin), "pca", ignored, explained)
+
+
+def axis_labels(view: Any) -> tuple[str, str]:
+    """What the two axes of a plane, a landscape or a map of one are called: its labels, or what its kind says."""
+    if view.labels:
+        return view.labels[0], view.labels[1]
+    if view.kind == "pca" and len(view.explained) > 1:
+        first, second = (f"{100 * share:{'.0f' if share >= 0.1 else '.2g'}} %" for share in view.explained[:2])
+        return f"principal direction 1 ({first})", f"principal direction 2 ({second})"
+    word = "random direction" if view.kind == "random" else "direction"
+    return f"{word} 1 (multiples of it)", f"{word} 2 (multiples of it)"
 
 
 def moved(origin: Params, x: Params, y: Params, a: Any, b: Any) -> Params:
@@ -199,58 +247,3 @@ def moved(origin: Params, x: Params, y: Params, a: Any, b: Any) -> Params:
         return o + jnp.asarray(a, o.dtype) * dx + jnp.asarray(b, o.dtype) * dy
 
     return jax.tree_util.tree_map(move, origin, x, y)
-
-
-def _normalised(key: jax.Array, weights: jax.Array, normalization: Normalization) -> jax.Array:
-    direction = jax.random.normal(key, weights.shape, weights.dtype)
-    if normalization == "none":
-        return direction
-    axes = tuple(range(weights.ndim - (normalization == "filter")))  # all but the output units' axis, or all
-    norm = lambda array: jnp.sqrt(jnp.sum(array**2, axis=axes, keepdims=True))  # noqa: E731
-    return direction * norm(weights) / (norm(direction) + 1e-10)
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def leading_axes(origin: Params, params: Params, what: str) -> tuple[int, ...]:
-    """The leading axes that `params` has beyond `origin`; `what` names it in errors (ValueError)."""
-    ours, theirs = jax.tree_util.tree_leaves_with_path(origin), jax.tree_util.tree_leaves_with_path(params)
-    our_names, their_names = [_name(path) for path, _ in ours], [_name(path) for path, _ in theirs]
-    if our_names != their_names:
-        odd = sorted(set(our_names) ^ set(their_names))
-        raise ValueError(f"{what} and the origin are different trees; they do not share {', '.join(odd)}")
-    leads = set()
-    for name, (_, our), (_, their) in zip(our_names, ours, theirs, strict=True):
-        shape, base = np.shape(their), np.shape(our)
-        if shape[len(shape) - len(base) :] != base:
-            raise ValueError(f"{what}: {name} has the shape {shape}, not the origin's {base} at its end")
-        leads.add(shape[: len(shape) - len(base)])
-    if len(leads) > 1:
-        raise ValueError(f"{what}: the leading axes differ between parameters: {sorted(leads)}")
-    return leads.pop() if leads else ()
-
-
-def _flat(tree: Params) -> np.ndarray:
-    return np.concatenate([np.asarray(leaf, dtype=np.float64).ravel() for leaf in jax.tree_util.tree_leaves(tree)])
-
-
-def _displacements(origin: Params, params: Params) -> np.ndarray:
-    """[points, parameters] in float64; leading axes are folded into points."""
-    pairs = zip(jax.tree_util.tree_leaves(origin), jax.tree_util.tree_leaves(params), strict=True)
-    parts = [
-        (np.asarray(their, dtype=np.float64) - np.asarray(our, dtype=np.float64)).reshape(-1, np.size(our))
-        for our, their in pairs
-    ]
-    return np.concatenate(parts, axis=1)
-
-
-def _unflat(vector: np.ndarray, like: Params) -> Params:
-    leaves, structure = jax.tree_util.tree_flatten(like)
-    ends = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
-    parts = [
-        jnp.asarray(part.reshape(np.shape(leaf)), dtype=jnp.asarray(leaf).dtype)
-        for part, leaf in zip(np.split(vector, ends), leaves, strict=True)
-    ]
-    return jax.tree_util.tree_unflatten(structure, parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
@@ -10,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from gradlab.analysis.landscape import Landscape
+from gradlab.analysis.plane import axis_labels
 from gradlab.report.legends import axes_for, finish
 from gradlab.report.style import rule_style
 
@@ -28,8 +30,7 @@ def landscape(
     """Filled contours of the loss on a plane, with the paths that training took, projected by least squares.
 
     A path starts at the ring and ends at the star. Its points are filled with the colour of their *true*
-    loss: where that differs from the ground around them, the path is off the plane, and the picture of the
-        surface is not where
+    loss: where that differs from the ground around them, the path is off the plane, and the surface is not where
     training was. The legend gives the share of each path's squared displacement that lies in the plane.
 
     Args:
@@ -44,14 +45,22 @@ def landscape(
         ValueError: if no loss is a finite number, or for log=True with losses that are not positive.
     """
     ax, alone = axes_for(ax)
-    finite = landscape.loss[np.isfinite(landscape.loss)]
-    if not finite.size:
-        raise ValueError("no point of the surface has a finite loss: there is nothing to draw")
-    norm, levels = _levels(finite, log)
-    colors = _ground()
+    norm, colors = ground(ax, landscape, log, label)
+    handles = [_path(ax, landscape, name, norm, colors) for name in landscape.coordinates]
+    if legend and handles:
+        note = "ring: start; star: end; fill of a point: the true loss there"
+        finish(ax, alone, handles, [note, "percent: share of the squared displacement"], columns=1, height=2.5)
+    return ax
+
+
+def ground(ax: Axes, landscape: Landscape, log: bool | None, label: str) -> tuple[Normalize, Colormap]:
+    """Draw the surface alone, with its colour bar; returns the scale of its colours."""
+    norm, levels = loss_scale(landscape.loss, log)
+    colors = ground_colors()
     surface = np.ma.masked_invalid(landscape.loss)
     if surface.mask.any():
         ax.patch.set(hatch="////", edgecolor="0.6", facecolor="white", linewidth=0)
+        ax.set_title("hatched: the loss is not a number", loc="left")
     filled = ax.contourf(landscape.a, landscape.b, surface, levels=levels, norm=norm, cmap=colors)
     ax.contour(landscape.a, landscape.b, surface, levels=levels, colors="0.35", linewidths=0.25)
     figure = ax.get_figure()
@@ -62,16 +71,10 @@ def landscape(
         bar.set_ticks(levels[:: max(1, len(levels) // 6)].tolist())
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
         bar.ax.minorticks_off()
-    handles = [_path(ax, landscape, name, norm, colors) for name in landscape.coordinates]
-    ax.set(xlim=landscape.a[[0, -1]], ylim=landscape.b[[0, -1]])
-    ax.set(xlabel=_direction(landscape, 0), ylabel=_direction(landscape, 1))
+    across, up = axis_labels(landscape)
+    ax.set(xlim=landscape.a[[0, -1]], ylim=landscape.b[[0, -1]], xlabel=across, ylabel=up)
     ax.spines[:].set_visible(True)
-    if surface.mask.any():
-        ax.set_title("hatched: the loss is not a number", loc="left")
-    if legend and handles:
-        note = "ring: start; star: end; fill of a point: the true loss there"
-        finish(ax, alone, handles, [note, "percent: share of the squared displacement"], columns=1, height=2.5)
-    return ax
+    return norm, colors
 
 
 def path_losses(landscape: Landscape, ax: Axes | None = None, *, label: str = "loss", legend: bool = True) -> Axes:
@@ -94,7 +97,35 @@ def path_losses(landscape: Landscape, ax: Axes | None = None, *, label: str = "l
     return ax
 
 
-def _levels(finite: np.ndarray, log: bool | None) -> tuple[Normalize, np.ndarray]:
+def out_of_plane(frame: pd.DataFrame, ax: Axes | None = None, *, legend: bool = True) -> Axes:
+    """The distance of each checkpoint from the plane, per path.
+
+    Args:
+        frame: path, checkpoint, distance, flag, as `Landscape.to_frame` returns.
+        ax: where to draw.
+        legend: whether to draw the legend below the axes.
+    """
+    ax, alone = axes_for(ax)
+    handles = []
+    for name, rows in frame.groupby("path", sort=False):
+        look = rule_style(str(name))
+        (line,) = ax.plot(rows["checkpoint"], rows["distance"], color=look.color, linestyle=look.line)
+        line.set(marker=look.marker, label=str(name))
+        handles.append(line)
+    missing = frame.loc[frame["distance"].isna(), "flag"]
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="checkpoint (number)", ylabel="distance from the plane\n(units of the weights)")
+    ax.set_ylim(bottom=0.0)
+    if legend:
+        finish(ax, alone, handles, [f"missing: {reason}" for reason in dict.fromkeys(missing)])
+    return ax
+
+
+def loss_scale(loss: np.ndarray, log: bool | None) -> tuple[Normalize, np.ndarray]:
+    """Colours and levels for a surface; logarithmic as `landscape` says."""
+    finite = loss[np.isfinite(loss)]
+    if not finite.size:
+        raise ValueError("no point of the surface has a finite loss: there is nothing to draw")
     low, high = float(finite.min()), float(finite.max())
     if log is None:
         log = low > 0 and high > _LOG_FROM * low
@@ -109,7 +140,7 @@ def _levels(finite: np.ndarray, log: bool | None) -> tuple[Normalize, np.ndarray
     return Normalize(levels[0], levels[-1]), levels
 
 
-def _ground() -> Colormap:
+def ground_colors() -> Colormap:
     """Pale greys and blues: the colours of the rules must stand out on every part of the surface."""
     return LinearSegmentedColormap.from_list("ground", colormaps["bone"](np.linspace(0.98, 0.42, 64)))
 
@@ -147,11 +178,3 @@ def _path(ax: Axes, landscape: Landscape, name: str, norm: Normalize, colors: Co
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
-
-
-def _direction(landscape: Landscape, i: int) -> str:
-    if landscape.kind == "pca" and len(landscape.explained) > i:
-        return f"principal direction {i + 1} ({_percent(landscape.explained[i])})"
-    if landscape.kind == "random":
-        return f"random direction {i + 1} (multiples of it)"
-    return f"direction {i + 1} (multiples of it)"

@@ -28,6 +28,7 @@ def check(study: Study) -> None:
     _check_names(study)
     _check_numbers(study)
     _check_rules(study)
+    _check_diagnostics(study)
     _check_profiles(study)
 
 
@@ -105,6 +106,16 @@ def _rule_fields(study: Study) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "trained", study.trained
     yield "reference", (study.reference,)
     yield "spot_checks", tuple(check.rule for check in study.spot_checks)
+
+
+def _check_diagnostics(study: Study) -> None:
+    from gradlab.study.diagnostic_kinds import KINDS  # loaded here: it needs the study
+
+    value = study.diagnostics
+    require(isinstance(value, tuple), f"Study.diagnostics is {value!r}: give a tuple of names, such as ('lags',).")
+    unknown = [kind for kind in value if kind not in KINDS]
+    require(not unknown, f"Study.diagnostics holds {', '.join(map(repr, unknown))}: choose from {', '.join(KINDS)}.")
+    require(len(set(value)) == len(value), f"Study.diagnostics is {value!r}: a name stands there twice.")
 
 
 def _check_profiles(study: Study) -> None:

@@ -16,7 +16,7 @@ from gradlab.study import rows
 from gradlab.study.spec import Cell, Study
 from gradlab.study.store import Folder, load_arrays, write_bytes, write_npz
 
-__all__ = ["Prober", "batch_key", "make_batch", "place", "probe_file"]
+__all__ = ["Prober", "batch_key", "is_finite", "make_batch", "place", "probe_file"]
 
 _DIVERGED = "training diverged before this step: the parameters are not finite numbers"
 
@@ -70,7 +70,7 @@ class Prober:
         found: list[rows.Row] = []
         grams: list[dict[str, np.ndarray]] = []
         for seed, params in zip(self.study.seeds, params_per_seed, strict=True):
-            if _finite(params):
+            if is_finite(params):
                 measured, gram = self._measure(params, seed, step)
             else:
                 measured, gram = self._undefined()
@@ -136,5 +136,6 @@ class Prober:
         return measured, {"rules": first["rules"], **gram}
 
 
-def _finite(params: Any) -> bool:
+def is_finite(params: Any) -> bool:
+    """Say whether all parameters are finite numbers."""
     return all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in jax.tree.leaves(params))

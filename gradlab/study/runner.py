@@ -1,4 +1,4 @@
-"""Running a study: its cells in parallel processes, then the landscapes, then the report."""
+"""Running a study: its cells in parallel processes, then landscapes and diagnostics, then the report."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from gradlab.study import canonical
 from gradlab.study.cells import cell_folder, run_cell
+from gradlab.study.diagnostics import diagnostic_folder, run_diagnostic
 from gradlab.study.progress import Display, read_progress
 from gradlab.study.provenance import visible_cores
 from gradlab.study.spec import Study, StudyError
@@ -78,6 +79,7 @@ def run_study(study: Study, results: Path, figures: Path, workers: int | None = 
     ]
     failures = _run_missing(cells, "Cells", workers, executor, root)
     failures += _run_missing(_landscape_jobs(study, spec_json, place), "Landscapes", workers, executor, root)
+    failures += _run_missing(_diagnostic_jobs(study, spec_json, place), "Diagnostics", workers, executor, root)
 
     from gradlab.study.summary import write_summary
 
@@ -103,12 +105,30 @@ def _landscape_jobs(study: Study, spec_json: str, place: str) -> list[Job]:
     """Return the landscapes of those networks whose cells are all complete."""
     if study.landscape is None:
         return []
-    waiting = {cell.network for cell in study.cells() if not cell_folder(study, cell, place).done()}
     return [
         Job(name, run_landscape, (spec_json, name, place), landscape_folder(study, name, place))
-        for name in sorted(study.networks)
-        if name not in waiting
+        for name in _complete(study, place)
     ]
+
+
+def _diagnostic_jobs(study: Study, spec_json: str, place: str) -> list[Job]:
+    """Return the diagnostics of those networks whose cells are all complete."""
+    return [
+        Job(
+            f"{kind} of {name}",
+            run_diagnostic,
+            (spec_json, name, kind, place),
+            diagnostic_folder(study, name, kind, place),
+        )
+        for name in _complete(study, place)
+        for kind in study.diagnostics
+    ]
+
+
+def _complete(study: Study, place: str) -> list[str]:
+    """Return the networks whose cells are all complete."""
+    waiting = {cell.network for cell in study.cells() if not cell_folder(study, cell, place).done()}
+    return [name for name in sorted(study.networks) if name not in waiting]
 
 
 def _run_missing(jobs: list[Job], what: str, workers: int | None, executor: Any, root: Path) -> list[str]:

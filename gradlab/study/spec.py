@@ -65,6 +65,8 @@ class Study:
             window of so many time steps).
         spot_checks: rules compared only on a few samples at the first and the last probe.
         landscape: the surface to draw, or None.
+        diagnostics: names of further diagnostics, computed after training where it began and where it ended: any of
+            `gradlab.study.diagnostic_kinds.KINDS`, such as ("attribution", "lags", "descent").
         profiles: name -> changed fields, such as `{"smoke": {"iterations": 4}}`.
         profile: the profile that is in force; set by `with_profile`.
 
@@ -89,6 +91,7 @@ class Study:
     update: str | int = "sequence"
     spot_checks: tuple[SpotCheck, ...] = ()
     landscape: LandscapeSpec | None = None
+    diagnostics: tuple[str, ...] = ()
     profiles: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     profile: str = "default"
 
@@ -144,7 +147,7 @@ class Study:
     def only(self, cell: Cell) -> Study:
         """Return the study cut down to what one cell's results depend on: its specification and identity."""
         rule = next(rule for rule in self.trained if rule.name == cell.train_rule)
-        own = dataclasses.replace(self, trained=(rule,), landscape=None, title="", profiles={})
+        own = dataclasses.replace(self, trained=(rule,), landscape=None, diagnostics=(), title="", profiles={})
         return own.with_network(cell.network)
 
     def with_network(self, network: str) -> Study:

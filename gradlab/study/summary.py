@@ -8,8 +8,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradlab.study import appendix, atlas_section, sections
+from gradlab.study import appendix, atlas_section, diagnostics_section, sections
 from gradlab.study.cells import cell_folder, manifest_of
+from gradlab.study.diagnostics import diagnostic_folder, read_diagnostic
 from gradlab.study.parts import StudyError
 from gradlab.study.rows import REFUSED, read_rows
 from gradlab.study.spec import Cell, Study
@@ -36,6 +37,7 @@ class Results:
         manifests: cell name -> manifest.
         landscapes: network -> {plane: Landscape}.
         centres: network -> the training rule at the end of whose path the landscapes have their origin.
+        diagnostics: network -> {kind: frame}.
         root: the study's results folder.
         figures: the study's folder of figures.
     """
@@ -48,6 +50,7 @@ class Results:
     manifests: dict[str, dict[str, Any]]
     landscapes: dict[str, dict[str, Any]]
     centres: dict[str, str]
+    diagnostics: dict[str, dict[str, pd.DataFrame]]
     root: Path
     figures: Path
 
@@ -84,9 +87,20 @@ def load_results(study: Study, results: Path, figures: Path) -> Results:
         {cell.name: manifest_of(folders[cell]) for cell in done},
         landscapes,
         centres,
+        _diagnostics(study, results),
         results / study.folder,
         figures / study.folder,
     )
+
+
+def _diagnostics(study: Study, results: Path) -> dict[str, dict[str, pd.DataFrame]]:
+    found: dict[str, dict[str, pd.DataFrame]] = {}
+    for network in sorted(study.networks):
+        folders = {kind: diagnostic_folder(study, network, kind, results) for kind in study.diagnostics}
+        frames = {kind: read_diagnostic(folder) for kind, folder in folders.items() if folder.done()}
+        if frames:
+            found[network] = frames
+    return found
 
 
 def write_summary(study: Study, results: Path, figures: Path) -> Path:
@@ -114,6 +128,7 @@ def write_summary(study: Study, results: Path, figures: Path) -> Path:
             atlas_section.atlas(found),
             sections.training(found),
             sections.landscapes(found),
+            diagnostics_section.diagnostics(found),
             appendix.health(found),
             appendix.refusals(found),
             appendix.how_to_rerun(found, json.dumps(json.loads(study.to_json()), indent=1, ensure_ascii=False)),

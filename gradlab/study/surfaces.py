@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gradlab import plan
 from gradlab.study import canonical
 from gradlab.study.cells import cell_folder, clock, study_from_json, tree_of
-from gradlab.study.parts import LandscapeSpec, StudyError, slug
+from gradlab.study.parts import StudyError, slug
 from gradlab.study.probes import batch_key, make_batch
 from gradlab.study.progress import Progress
 from gradlab.study.provenance import provenance, software
@@ -50,11 +48,11 @@ def run_landscape(spec_json: str, network: str, results_dir: str) -> str:
 
 
 def _only(study: Study, network: str) -> Study:
-    return replace(study, title="", profiles={}).with_network(network)
+    return replace(study, title="", profiles={}, diagnostics=()).with_network(network)
 
 
 def _compute(study: Study, network: str, folder: Folder, results_dir: str) -> None:
-    from gradlab.analysis.landscape import landscape
+    from gradlab.analysis.landscape import landscape, loss_function
 
     started = time.time()
     spec = study.landscape
@@ -64,7 +62,8 @@ def _compute(study: Study, network: str, folder: Folder, results_dir: str) -> No
     paths = _paths(study, network, results_dir)
     centre = study.reference.name if study.reference.name in paths else next(iter(paths))
     origin = jax.tree.map(lambda leaf: leaf[-1], paths[centre])
-    loss = _loss_function(study, network, spec)
+    batch = make_batch(study, network, batch_key("test batch", study.seeds[0]), spec.samples)
+    loss = loss_function(study.networks[network], batch, study.loss)
     progress = Progress(folder.path / "progress.json", len(spec.planes))
     for number, kind in enumerate(spec.planes, start=1):
         plane = _plane(kind, paths, origin, study.seeds[0])
@@ -112,14 +111,3 @@ def _plane(kind: str, paths: dict[str, Any], origin: Any, seed: int) -> Any:
     if kind == "pca":
         return pca_plane(paths, origin)
     return random_plane(origin, batch_key("random plane", seed))
-
-
-def _loss_function(study: Study, network: str, spec: LandscapeSpec) -> Callable[[Any], jax.Array]:
-    net, loss = study.networks[network], study.loss
-    batch = make_batch(study, network, batch_key("test batch", study.seeds[0]), spec.samples)
-
-    def loss_of(params: Any) -> jax.Array:
-        _, layers = plan.run(net, params, batch.inputs)
-        return loss(layers[-1].output, batch)
-
-    return loss_of
