@@ -77,7 +77,7 @@ def prepare(
     """
     names = rule_names(rules)
     params, batch = check(net, params, batch, loss)
-    _check_key(key)
+    check_key(key)
     if unknown := sorted(set(states or {}) - set(names)):
         raise ValueError(f"states are given for {unknown}, but the rules are {names}")
     shapes = shapes_of(net, params, batch, loss)
@@ -151,11 +151,12 @@ def evaluate(net: Network, params: Params, batch: Batch, loss: Loss) -> dict[str
         fire in no step, or in every step, of the batch) and "slope" (mean surrogate slope D_t).
     """
     params, batch = check(net, params, batch, loss)
-    found = jax.device_get(_evaluation(net, loss, _are_classes(net, batch, loss))(params, batch))
+    found = jax.device_get(_evaluation(net, loss, are_classes(net, batch, loss))(params, batch))
     return jax.tree.map(lambda leaf: leaf.item() if hasattr(leaf, "item") else leaf, found)
 
 
-def _check_key(key: Any) -> None:
+def check_key(key: Any) -> None:
+    """Raise TypeError for what is no random key."""
     typed = isinstance(key, Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
     raw = isinstance(key, Array | np.ndarray) and key.dtype == jnp.uint32 and key.ndim == 1
     if not typed and not raw:
@@ -222,7 +223,7 @@ def on_tape(
 _jitted_rules = jax.jit(_run_rules, static_argnums=(0, 1, 2))
 
 
-def _are_classes(net: Network, batch: Batch, loss: Loss) -> bool:
+def are_classes(net: Network, batch: Batch, loss: Loss) -> bool:
     """True when the targets are classes: integer labels, or rows of one-hot targets. Only known values can tell."""
     targets = batch.targets
     if getattr(loss, "targets_per_step", False):

@@ -2,9 +2,9 @@
 
 A spike is s = H(x) with x the distance of the membrane from its threshold. Its true derivative is zero almost
 everywhere, so learning replaces it by a surrogate slope psi(x) = ds/dx (Neftci, Mostafa & Zenke 2019, doi
-10.1109/MSP.2019.2931595). Each class here is a frozen dataclass built on `jax.custom_jvp`: the slope is itself
-differentiable, so forward mode, reverse mode and their compositions (`jax.jacfwd(jax.grad(f))`) all give the same
-surrogate answer.
+10.1109/MSP.2019.2931595). Each class here is a frozen dataclass built on `jax.custom_jvp`: forward mode and reverse
+mode give the same surrogate answer, and the slope is itself differentiable. Second derivatives of a network are another
+matter (`gradlab.analysis.hessian`): through a scan, orders of differentiation differ between versions of JAX.
 
 To add one: subclass `Surrogate` as a frozen dataclass and write `slope_at`.
 """

@@ -14,7 +14,11 @@ _FUNCTIONS = {
     "compare_representations": "representation",
     "curvature_along": "curvature",
     "descent_ratios": "descent",
+    "directed_line": "lines",
+    "directed_plane": "plane",
     "estimator_noise": "noise",
+    "hessian_product": "hessian",
+    "interpolation_plane": "plane",
     "lag_profile": "lags",
     "line_between": "lines",
     "line_profile": "lines",
@@ -23,6 +27,7 @@ _FUNCTIONS = {
     "over_time": "timeline",
     "pca_plane": "plane",
     "performance_profile": "statistics",
+    "random_line": "lines",
     "random_plane": "plane",
     "spectral_density": "density",
     "summary_table": "statistics",
@@ -33,9 +38,9 @@ _FUNCTIONS = {
 """Functions that can be called from here -> their modules."""
 
 _MODULES = (
-    "alignment", "attribution", "between", "curvature", "density", "descent", "health", "hessian_map", "lags",
-    "landscape", "lines", "noise", "objective", "plane", "representation", "similarity", "spectrum", "statistics",
-    "timeline", "updates",
+    "alignment", "attribution", "between", "curvature", "density", "descent", "directions", "health", "hessian",
+    "hessian_map", "lags", "landscape", "lines", "noise", "objective", "plane", "representation", "similarity",
+    "spectrum", "statistics", "timeline", "updates",
 )  # fmt: skip
 
 __all__ = [*_FUNCTIONS, *_MODULES]

@@ -28,9 +28,9 @@ import numpy as np
 from jax import Array
 
 from gradlab import plan
-from gradlab.analysis.rays import flat
+from gradlab.analysis.trees import flat
 from gradlab.checks import check
-from gradlab.engine import _are_classes
+from gradlab.engine import are_classes
 from gradlab.losses import Batch, Loss, spike_count_accuracy
 from gradlab.modules import is_hashable
 from gradlab.network import Network, Params
@@ -138,7 +138,7 @@ def between(
             raise ValueError(f"solution {name!r}: {error}") from error
     others = [name for name in solutions if name != reference]
     pairs = list(combinations(solutions, 2)) if reference is None else [(reference, name) for name in others]
-    classes = _are_classes(net, data, loss)
+    classes = are_classes(net, data, loss)
     run, t = _compiled(net, loss, classes), np.linspace(0.0, 1.0, points)
     found = {}
     for first, second in pairs:

@@ -24,7 +24,7 @@ from jax import Array
 
 from gradlab import plan
 from gradlab.analysis.health_result import LayerHealth, NetworkHealth
-from gradlab.analysis.rays import flat
+from gradlab.analysis.trees import flat
 from gradlab.checks import check
 from gradlab.losses import Batch, Loss
 from gradlab.modules import is_hashable

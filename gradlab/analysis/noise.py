@@ -40,11 +40,11 @@ import numpy as np
 from jax import Array
 
 from gradlab.analysis.noise_result import EstimatorNoise
-from gradlab.engine import _check_key, evaluate, gradients, rule_names
+from gradlab.analysis.trees import flat
+from gradlab.engine import check_key, evaluate, gradients, with_reference
 from gradlab.losses import Batch, Loss
 from gradlab.network import Network, Params
 from gradlab.rules.base import Rule
-from gradlab.rules.bptt import BPTT
 from gradlab.tasks.base import Task
 
 __all__ = ["EstimatorNoise", "estimator_noise"]
@@ -86,11 +86,9 @@ def estimator_noise(
     """
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
         raise ValueError(f"draws={draws!r}: a variance over draws needs a whole number of them, at least 2")
-    reference = BPTT() if reference is None else reference
-    rule_names(rules)
-    chosen = [reference, *(rule for rule in rules if rule != reference)]
-    names = rule_names(chosen)
-    _check_key(key)
+    chosen = with_reference(rules, reference)
+    names = [rule.name for rule in chosen]
+    check_key(key)
     noise_key, data_key = jax.random.split(key)
     batches = _batches(batches, data_key, n_batches, size)
     starts, sizes = _places(params)
@@ -140,17 +138,11 @@ def _rows(
     draws: int,
 ) -> dict[str, np.ndarray]:
     """{rule: [draws, parameters]} on one batch; one row for rules that are not among the `drawn`."""
-    found = [_flat(gradients(net, params, batch, loss, rules, jax.random.fold_in(key, 0)))]
+    trees = [gradients(net, params, batch, loss, rules, jax.random.fold_in(key, 0))]
     for j in range(1, draws if drawn else 1):
-        found.append(_flat(gradients(net, params, batch, loss, drawn, jax.random.fold_in(key, j))))
+        trees.append(gradients(net, params, batch, loss, drawn, jax.random.fold_in(key, j)))
+    found = [{name: flat(tree) for name, tree in one.items()} for one in jax.device_get(trees)]
     return {name: np.stack([one[name] for one in found if name in one]) for name in found[0]}
-
-
-def _flat(trees: Mapping[str, Params]) -> dict[str, np.ndarray]:
-    def vector(tree: Params) -> np.ndarray:
-        return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
-
-    return {name: vector(tree) for name, tree in jax.device_get(trees).items()}
 
 
 def _places(params: Params) -> tuple[np.ndarray, dict[str, int]]:

@@ -14,14 +14,14 @@ import optax  # type: ignore[import-untyped]
 from jax import Array
 
 from gradlab import plan
+from gradlab.analysis.trees import flat
 from gradlab.checks import check
-from gradlab.engine import gradients, rule_names
+from gradlab.engine import gradients, with_reference
 from gradlab.factories import Optimizer
 from gradlab.losses import Batch, Loss
 from gradlab.modules import is_hashable
 from gradlab.network import Network, Params
 from gradlab.rules.base import Rule
-from gradlab.rules.bptt import BPTT
 
 ROUND_OFF = 16
 """A difference of losses counts from this many machine epsilons of the loss on."""
@@ -85,9 +85,7 @@ def rays(
     reference: Rule | None = None,
 ) -> Rays:
     """The gradients of the reference (None: BPTT) and the rules; arguments and errors as `gl.gradients`."""
-    reference = BPTT() if reference is None else reference
-    rule_names(rules)
-    chosen = [reference, *(rule for rule in rules if rule != reference)]
+    chosen = with_reference(rules, reference)
     params, batch = check(net, params, batch, loss)
     found = jax.device_get(gradients(net, params, batch, loss, chosen, key))
     rows = np.stack([flat(tree) for tree in found.values()])
@@ -97,11 +95,6 @@ def rays(
     strange = [name for name, norm in zip(found, norms, strict=True) if not np.isfinite(norm)]
     flags |= {name: f"the gradient of {name} is not finite" for name in strange}
     return Rays(tuple(found), params, float(np.linalg.norm(flat(params))), rows, norms, flags)
-
-
-def flat(tree: Params) -> np.ndarray:
-    """All entries of a pytree, one vector in float64."""
-    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
 Losses = Callable[[Params, Params, Array, Batch], Array]

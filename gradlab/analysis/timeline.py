@@ -129,6 +129,7 @@ def over_time(
         steps.append({path: _inner(row) for path, row in rows.items()})
         sums.append({path: _inner(row) for path, row in until.items()})
     kept, refusals = _linear(names, whole, running)
+
     def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         return {path: np.concatenate([part[path] for part in parts])[:, kept][:, :, kept] for path in whole[0]}
 

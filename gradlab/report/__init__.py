@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__all__ = ["html", "plots", "style", "tables"]
+__all__ = ["animation", "html", "plots", "style", "tables"]
 
 
 def __getattr__(name: str) -> Any:

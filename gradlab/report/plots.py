@@ -20,13 +20,19 @@ from matplotlib.patches import Rectangle
 
 from gradlab.report.labels import layer_label, metric_label, select, whole_layers
 from gradlab.report.legends import axes_for, figure_legend, finish
-from gradlab.report.plots_landscape import landscape, path_losses
+from gradlab.report.plots_attribution import attribution, shares
+from gradlab.report.plots_curvature import curvature_along, eigenvalues, hessian_map, spectral_density, trace
+from gradlab.report.plots_landscape import landscape, out_of_plane, path_losses
+from gradlab.report.plots_lines import line_profile
 from gradlab.report.plots_maps import gram_matrix, rule_layer_map
+from gradlab.report.plots_surface import surface
+from gradlab.report.plots_time import lags, timeline
 from gradlab.report.style import new_figure, rule_style
 
 __all__ = [
-    "gram_matrix", "landscape", "learning_curves", "metric_label", "path_losses", "rule_layer_map",
-    "similarity_panels", "similarity_trace",
+    "attribution", "curvature_along", "eigenvalues", "gram_matrix", "hessian_map", "lags", "landscape",
+    "learning_curves", "line_profile", "metric_label", "out_of_plane", "path_losses", "rule_layer_map", "shares",
+    "similarity_panels", "similarity_trace", "spectral_density", "surface", "timeline", "trace",
 ]  # fmt: skip
 
 _TARGETS = {"cosine": 1.0, "norm_ratio": 1.0, "projection": 1.0, "relative_error": 0.0}

@@ -181,13 +181,14 @@ DRAWINGS = (
     ),
     Drawing(
         "curvature", "curvature", _curvature,
-        "Curvature of the loss along each rule's gradient (first seed). A step along a direction of high curvature "
-        "must be short.",
+        "Curvature of the loss along each rule's gradient (first seed): by the second derivative (filled) and by the "
+        "change of the gradient over a small step (hollow). Where they differ, spikes that appear or vanish rule the "
+        "loss, and the second derivative is one of the surrogate.",
     ),
     Drawing(
         "spectrum", "spectrum", _spectrum,
-        "Density of the eigenvalues of the loss's second derivative (first seed). The derivative of a surrogate "
-        "gradient is not symmetric; its symmetric part is shown, and the asymmetry is stated.",
+        "Density of the eigenvalues of the loss's second derivative, taken through the surrogate (first seed). Near or "
+        "above a mismatch of 1 it does not foretell how the gradient changes: read it as a picture of the surrogate.",
     ),
     Drawing(
         "between", "between", _between,

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradlab.study import appendix, atlas_section, diagnostics_section, sections
+from gradlab.study import appendix, atlas_section, diagnostics_section, sections, statistics_section
 from gradlab.study.cells import cell_folder, manifest_of
 from gradlab.study.diagnostics import diagnostic_folder, read_diagnostic
 from gradlab.study.parts import StudyError
@@ -127,6 +127,7 @@ def write_summary(study: Study, results: Path, figures: Path) -> Path:
             sections.similarity(found),
             atlas_section.atlas(found),
             sections.training(found),
+            statistics_section.statistics(found),
             sections.landscapes(found),
             diagnostics_section.diagnostics(found),
             appendix.health(found),
