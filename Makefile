@@ -19,7 +19,10 @@ EXTRAS ?= $(or $(firstword $(MADE)),test)
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' gradlab/__init__.py)
 WANTED := $(EXTRAS) $(VERSION) $(CURDIR)
 
-.PHONY: help venv study test slow fidelity bench-rules lint types format clean force
+# Results to take the gallery's numbers from; without it the committed ones are drawn.
+RESULTS ?=
+
+.PHONY: help venv study test slow fidelity figures bench-rules lint types format clean force
 
 help: ## list these targets
 	@echo "Usage:"
@@ -44,6 +47,9 @@ slow: $(STAMP) ## run the slow tests
 
 fidelity: $(STAMP) ## measure every rule against its oracles again and write docs/fidelity.md (2 minutes)
 	@$(BIN)/python tests/fidelity.py
+
+figures: $(STAMP) ## draw the gallery from its stored numbers (RESULTS=results takes them anew)
+	@$(BIN)/python figures/gallery.py $(if $(RESULTS),--results $(RESULTS))
 
 bench-rules: $(STAMP) ## time and memory of each rule's gradient over BPTT's (ARGS="--all")
 	@$(BIN)/python benchmarks/rules.py $(ARGS)

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gradlab.neurons import Neuron
+from gradlab.neurons import ALIF, IF, LI, LIF, CurrentLIF, Neuron
+from gradlab.surrogates import SURROGATES
 
 INPUT = -1
 """The source index of the network's input."""
@@ -146,7 +147,7 @@ def refuse_mixing(link: Link, own: Any, key: Array, like: Array) -> None:
 
 def refuse_mixing_units(neuron: Any, own: Any, key: Array, like: Array) -> None:
     """Refuse a `Neuron` whose units see each other: every local Jacobian would be wrong. `like` is [1, units...]."""
-    if not isinstance(neuron, Neuron) or like.size < 2:
+    if not isinstance(neuron, Neuron) or like.size < 2 or _is_elementwise(neuron):
         return
 
     def leak(own: Any, key: Array) -> Array:
@@ -167,6 +168,12 @@ def refuse_mixing_units(neuron: Any, own: Any, key: Array, like: Array) -> None:
             f"the units of {describe(neuron)} see each other: a gl.Neuron acts on each unit by itself, because rules "
             "read its Jacobian unit by unit; put what mixes units into the connection, or derive from nn.RNNCellBase"
         )
+
+
+def _is_elementwise(neuron: Neuron) -> bool:
+    """True for gradlab's own neurons with its own spikes: known to be elementwise, so that trying it can be spared."""
+    spike = getattr(neuron, "surrogate", None)
+    return type(neuron) in (IF, LIF, LI, ALIF, CurrentLIF) and (spike is None or type(spike) in SURROGATES)
 
 
 def freeze(value: Any) -> Any:

@@ -143,3 +143,7 @@ class MultiGaussian(Surrogate):
         wide = self.s * self.sigma
         lobes = normal(self.sigma, wide) + normal(-self.sigma, wide)
         return self.height * ((1.0 + self.h) * normal(0.0, self.sigma) - self.h * lobes)
+
+
+SURROGATES = (FastSigmoid, Arctan, Sigmoid, Triangular, MultiGaussian)
+"""The spikes of this module."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,10 @@ import numpy as np
 from jax import Array
 
 from gradlab import metrics
-from gradlab.engine import on_tape, prepare, with_reference
+from gradlab.engine import compiled, prepare, with_reference
 from gradlab.groups import by_parameter, groups, summed
 from gradlab.losses import Batch, Loss
+from gradlab.modules import is_hashable
 from gradlab.network import Network, Params
 from gradlab.rules import ComposedRule, LocalRule, adjoint, paths
 from gradlab.rules.adjoint import Learner
@@ -171,9 +173,10 @@ def attribute(
     chosen = {subset: paths.restored(point, net, [names[place] for place in subset]) for subset in subsets}
     distinct = list(dict.fromkeys([*chosen.values(), paths.EXACT]))
     own_key = jax.random.fold_in(key, 0)  # as the engine does for its first rule
-    found = [_composed(net, loss, tuple(part), params, batch, state, own_key) for part in _parts(distinct)]
+    found = [_points(net, loss, tuple(part), params, batch, state, own_key) for part in _parts(distinct)]
     vectors = [by_parameter(tree) for part in found for tree in part]
-    target = by_parameter(jax.device_get(_exact(net, loss, reference, params, batch, held, key)))
+    exact = compiled(net, loss, (reference,))(params, batch, (held,), key)[0].grad
+    target = by_parameter(jax.device_get(exact))
     row = {subset: distinct.index(local) for subset, local in chosen.items()}
     names, row, vectors = _with_rest(net, names, row, vectors, distinct.index(paths.EXACT), target)
     stacked = {path: np.stack([*(tree[path] for tree in vectors), vector]) for path, vector in target.items()}
@@ -245,19 +248,19 @@ def _parts(rules: list[LocalRule]) -> list[list[LocalRule]]:
     return [rules[first : first + _TOGETHER] for first in range(0, len(rules), _TOGETHER)]
 
 
-def _composed(
+def _run_points(
     net: Network, loss: Loss, rules: tuple[LocalRule, ...], params: Params, batch: Batch, state: Any, key: Array
-) -> Any:
-    def run(params: Params, batch: Batch, state: Any, key: Array) -> Any:
-        # One key for all: a stochastic gate shuts the same steps out in every v(S).
-        learners = [Learner(rule, state if rule.signal.has_state else {}, key) for rule in rules]
-        return adjoint.gradients(learners, net, params, record(net, params, batch, loss))
-
-    return jax.device_get(jax.jit(run)(params, batch, state, key))
+) -> list[Params]:
+    # One key for all: a stochastic gate shuts the same steps out in every v(S).
+    learners = [Learner(rule, state if rule.signal.has_state else {}, key) for rule in rules]
+    return adjoint.gradients(learners, net, params, record(net, params, batch, loss))
 
 
-def _exact(net: Network, loss: Loss, reference: Any, params: Params, batch: Batch, state: Any, key: Array) -> Params:
-    def run(params: Params, batch: Batch, state: Any, key: Array) -> Params:
-        return on_tape(net, params, record(net, params, batch, loss), [reference], [state], key)[0].grad
+_jitted = jax.jit(_run_points, static_argnums=(0, 1, 2))
 
-    return jax.jit(run)(params, batch, state, key)
+
+def _points(net: Network, loss: Loss, rules: tuple[LocalRule, ...], *data: Any) -> Any:
+    """The gradients of composed rules; what was compiled is kept while network and loss are hashable."""
+    if is_hashable(net, loss, rules):
+        return jax.device_get(_jitted(net, loss, rules, *data))
+    return jax.device_get(jax.jit(partial(_run_points, net, loss, rules))(*data))

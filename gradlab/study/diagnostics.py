@@ -28,7 +28,7 @@ from gradlab.study.store import Folder, load_arrays, locked, write_bytes
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["diagnostic_folder", "read_diagnostic", "run_diagnostic"]
+__all__ = ["diagnostic_folder", "read_diagnostic", "read_frame", "run_diagnostic"]
 
 FILE = "values.csv"
 
@@ -61,10 +61,14 @@ def run_diagnostic(spec_json: str, network: str, kind: str, results_dir: str) ->
 
 
 def read_diagnostic(folder: Folder) -> pd.DataFrame:
-    """Read what `run_diagnostic` stored; empty text stays empty text."""
+    """Read what `run_diagnostic` stored."""
+    return read_frame(folder.path / FILE)
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """Read a stored frame of any analysis: empty text stays empty text, empty numbers are NaN."""
     import pandas as pd
 
-    path = folder.path / FILE
     columns = pd.read_csv(path, nrows=0).columns
     text = {name: str for name in columns if name in _TEXT}
     numbers = {name: [""] for name in columns if name not in _TEXT}
