@@ -164,6 +164,7 @@ def test_results_are_ignored_and_the_gallery_is_kept(tmp_path: Path) -> None:
     kept = [
         "figures/README.md",
         "figures/gallery/cosine.png",
+        "figures/stored/lags.csv.gz",
         "gradlab/report/results.py",
         "studies/randman_rates.py",
     ]
