@@ -22,7 +22,7 @@ WANTED := $(EXTRAS) $(VERSION) $(CURDIR)
 # Results to take the gallery's numbers from; without it the committed ones are drawn.
 RESULTS ?=
 
-.PHONY: help venv study test slow fidelity figures bench-rules lint types format clean force
+.PHONY: help venv study test slow fidelity figures notebooks bench-rules lint types format clean force
 
 help: ## list these targets
 	@echo "Usage:"
@@ -50,6 +50,9 @@ fidelity: $(STAMP) ## measure every rule against its oracles again and write doc
 
 figures: $(STAMP) ## draw the gallery from its stored numbers (RESULTS=results takes them anew)
 	@$(BIN)/python figures/gallery.py $(if $(RESULTS),--results $(RESULTS))
+
+notebooks: $(STAMP) ## write notebooks/*.ipynb from their *.py
+	@for f in notebooks/*.py; do $(BIN)/python -m jupytext --quiet --to ipynb --update "$$f" || exit 1; done
 
 bench-rules: $(STAMP) ## time and memory of each rule's gradient over BPTT's (ARGS="--all")
 	@$(BIN)/python benchmarks/rules.py $(ARGS)

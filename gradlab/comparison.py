@@ -135,7 +135,7 @@ class Comparison:
             "relative_error": float(np.sqrt(error / gram[0, 0])),
             "sign_agreement": float(agree / counted),
             "sign_coverage": float(counted / sum(self.sizes[path] for path in paths)),
-            "top_overlap": float(shared / kept),
+            "top_overlap": float(shared / kept) if kept else float("nan"),
         }
         return {name: found[name] for name in METRICS}
 
@@ -193,7 +193,6 @@ class Comparison:
 
 
 def _top_counts(rows: np.ndarray) -> np.ndarray:
-    """[rules, 2]: how many of the largest entries of each row are among the first row's, and how many they are."""
+    """[rules, 2]: how many of the first row's largest entries are among those of each row, and how many they are."""
     k = max(1, round(metrics.TOP_SHARE * rows.shape[1]))
-    chosen = [metrics.top(row, k) for row in rows]
-    return np.array([(len(chosen[0] & mine), k) for mine in chosen])
+    return np.array([metrics.top_counts(row, rows[0], k) for row in rows])

@@ -43,4 +43,11 @@ def groups(paths: Iterable[str]) -> dict[str, list[str]]:
 
 def summed(values: Mapping[str, np.ndarray], paths: Iterable[str]) -> np.ndarray:
     """The sum over parameters of numbers that add up over them, such as inner products."""
-    return np.sum([values[path] for path in paths], axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.sum([values[path] for path in paths], axis=0)
+
+
+def inner(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The inner products rows @ others; what overflows is infinite, and is flagged where it is shown."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return rows @ others

@@ -4,9 +4,9 @@ A cosine alone certifies nothing: a gradient twice too large has the same cosine
 of these. Where a metric has no value (a zero vector has no direction) the functions return NaN; `gradlab.comparison`
 says why.
 
-Every function takes arrays of one shape and an `axis`, as NumPy's own do: None, the default, reads each array as one
-vector and gives a number; an axis, or a tuple of axes, gives an array over the other axes. In the equations g and r
-stand for `g` and `reference`.
+Every function takes arrays of one shape (others are refused with a ValueError) and an `axis`, as NumPy's own do: None,
+the default, reads each array as one vector and gives a number; an axis, or a tuple of axes, gives an array over the
+other axes. In the equations g and r stand for `g` and `reference`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ def angle(g: ArrayLike, reference: ArrayLike, axis: Axis = None) -> Any:
 
 def norm_ratio(g: ArrayLike, reference: ArrayLike, axis: Axis = None) -> Any:
     """(1) ||g|| / ||r||; NaN when the reference is zero."""
+    _pair(g, reference)
     return _plain(_ratio(norm(g, axis), norm(reference, axis)))
 
 
 def relative_error(g: ArrayLike, reference: ArrayLike, axis: Axis = None) -> Any:
     """(1) ||g - r|| / ||r||; NaN when the reference is zero."""
-    return _plain(_ratio(norm(_array(g) - _array(reference), axis), norm(reference, axis)))
+    a, b = _pair(g, reference)
+    return _plain(_ratio(norm(a - b, axis), norm(b, axis)))
 
 
 def projection(g: ArrayLike, reference: ArrayLike, axis: Axis = None) -> Any:
@@ -73,21 +75,31 @@ def optimal_scale_error(g: ArrayLike, reference: ArrayLike, axis: Axis = None) -
 def top_overlap(g: ArrayLike, reference: ArrayLike, k: int) -> float:
     """(1) share of the k entries with the largest |g_i| that are also among the k with the largest |r_i|, in [0, 1].
 
-    Ties are broken by position. Two unrelated vectors of n entries overlap by k / n in the mean; NaN when either is
-    zero.
+    Zeros do not compete: where the reference has fewer than k entries that are not zero, k is their number. Ties are
+    broken by position. Two unrelated vectors of n entries overlap by k / n in the mean; NaN when either is zero.
 
     Raises:
-        ValueError: k is not between 1 and the number of entries.
+        ValueError: k is not between 1 and the number of entries; arrays of different shapes.
     """
-    a, b = _array(g).ravel(), _array(reference).ravel()
+    a, b = _pair(g, reference)
     if not 1 <= k <= a.size:
         raise ValueError(f"top_overlap(k={k!r}): k lies between 1 and the number of entries, {a.size}")
-    return float("nan") if not (a.any() and b.any()) else len(top(a, k) & top(b, k)) / k
+    shared, counted = top_counts(a.ravel(), b.ravel(), k)
+    return shared / counted if a.any() and counted else float("nan")
 
 
-def top(g: np.ndarray, k: int) -> set[int]:
-    """The places of the k entries of a vector with the largest absolute values; of equal ones the first."""
-    return set(np.argsort(-np.abs(g), kind="stable")[:k].tolist())
+def top_counts(g: np.ndarray, reference: np.ndarray, k: int) -> tuple[int, int]:
+    """(shared entries, entries that count) of `top_overlap`, which may be added over parameters."""
+    chosen = _top(reference, k)
+    return len(_top(g, k) & chosen), len(chosen)
+
+
+def _top(g: np.ndarray, k: int) -> set[int]:
+    """The places of the k entries with the largest absolute values, of those that are not zero; of equal ones the
+    first.
+    """
+    places = np.argsort(-np.abs(g), kind="stable")[:k]
+    return set(places[g[places] != 0].tolist())
 
 
 class SignAgreement(NamedTuple):
@@ -106,7 +118,7 @@ def sign_agreement(g: ArrayLike, reference: ArrayLike, floor: float = SIGN_FLOOR
 
 def sign_counts(g: ArrayLike, reference: ArrayLike, floor: float = SIGN_FLOOR, axis: Axis = None) -> tuple[Any, Any]:
     """(entries that agree in sign, entries that count), which may be added over parameters."""
-    a, b = _array(g), _array(reference)
+    a, b = _pair(g, reference)
     if not b.size:
         return 0, 0
     counted = np.abs(b) > floor * np.sqrt(np.mean(b * b, axis=axis, keepdims=True))
@@ -115,6 +127,7 @@ def sign_counts(g: ArrayLike, reference: ArrayLike, floor: float = SIGN_FLOOR, a
 
 def effective_learning_rate(update: ArrayLike, weights: ArrayLike, axis: Axis = None) -> Any:
     """(1) ||update|| / ||weights||: how far one step of the optimizer moves, relative to where it starts."""
+    _pair(update, weights)
     return _plain(_ratio(norm(update, axis), norm(weights, axis)))
 
 
@@ -155,12 +168,20 @@ def _array(value: ArrayLike) -> np.ndarray:
     return np.asarray(value, np.float64)
 
 
+def _pair(g: ArrayLike, reference: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 arrays of one shape: broadcasting would give a number that means nothing."""
+    a, b = _array(g), _array(reference)
+    if a.shape != b.shape:
+        raise ValueError(f"two arrays of different shapes, {a.shape} and {b.shape}, cannot be compared entry by entry")
+    return a, b
+
+
 def _inner(a: ArrayLike, b: ArrayLike, axis: Axis) -> Any:
-    return _dot(_array(a), _array(b), axis)
+    return _dot(*_pair(a, b), axis)
 
 
 def _dot(a: np.ndarray, b: np.ndarray, axis: Axis) -> Any:
-    return np.dot(a.ravel(), b.ravel()) if axis is None and a.shape == b.shape else np.sum(a * b, axis=axis)
+    return np.dot(a.ravel(), b.ravel()) if axis is None else np.sum(a * b, axis=axis)
 
 
 def _ratio(top: Any, bottom: Any) -> Any:

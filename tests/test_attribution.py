@@ -11,16 +11,19 @@ import pytest
 from helpers import close, differ
 
 import gradlab as gl
-from gradlab import metrics
+from gradlab import metrics, plan
 from gradlab.analysis.attribution import attribute, shapley
 from gradlab.rules import (
+    ALL,
     BPTT,
     OSTL,
     OTTT,
     SLTT,
     UORO,
+    ComposedRule,
     DirectFeedback,
     EProp,
+    FrontOTPE,
     JacobianTrace,
     LocalRule,
     NextLayer,
@@ -30,6 +33,7 @@ from gradlab.rules import (
 )
 from gradlab.surrogates import FastSigmoid
 from gradlab.testing import case, feed_forward
+from gradlab.testing.networks import lif
 
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("x64")
@@ -147,6 +151,76 @@ def test_shapley_values_are_the_mean_over_all_orders():
     assert not np.allclose(found[0], alone)  # the first step of a ladder is no Shapley value
 
 
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+@pytest.mark.parametrize("kind", ["lif", "alif", "recurrent", "one layer"])
+def test_every_subset_of_every_composed_rule_is_a_rule_and_the_whole_is_bptt(kind, reset):
+    """No path is forgotten: with all of them put back each rule is `EXACT`, not by a shortcut but part by part."""
+    neuron = gl.ALIF(reset=reset) if kind in ("alif", "recurrent") else gl.LIF(reset=reset)
+    widths, links = ((4,), None) if kind == "one layer" else ((5, 4, 3), {0: [0]} if kind == "recurrent" else None)
+    net = feed_forward(neuron, widths, links)
+    composed = [rule for rule in ALL if isinstance(rule, ComposedRule)]
+    assert len(composed) > 15
+    for rule in composed:
+        point = rule.compose()
+        names = paths.dropped(point, net)
+        corners = [s for size in range(len(names) + 1) for s in itertools.combinations(names, size)]
+        made = {corner: paths.restored(point, net, corner) for corner in corners}
+        assert made[()] == point
+        assert not names or made[tuple(names)] == paths.EXACT, rule.name
+        for name in names:
+            assert len(names) == 1 or made[(name,)] != paths.EXACT, (rule.name, name)
+
+
+def test_constants_below_threshold_are_an_approximation_where_a_spike_scales_the_membrane():
+    """With a reset to zero OTTT's trace is no part of the Jacobian: it is one path of its own, not the reset."""
+    net = feed_forward(lif(reset="zero", detach_reset=True), (5, 4, 3))
+    assert paths.dropped(OTTT().compose(), net) == ["temporal trace", "memory of later layers"]
+    assert paths.dropped(OSTL().compose(), net) == ["memory of later layers"]
+    found = attribute(OTTT(), *case(net, n_steps=8))
+    assert abs(found.share("layer_0")["temporal trace"]) > 1e-3
+    alone = case(feed_forward(lif(reset="zero", detach_reset=True), (4,)), n_steps=8)
+    assert attribute(OTTT(), *alone).paths == ("temporal trace",)
+
+
+def test_a_loss_on_a_filtered_output_reaches_the_layers_below_through_the_filter():
+    """FrontOTPE with all paths put back but the place of the loss is BPTT of the loss on the leaky sum."""
+    sample = case(feed_forward(lif(), (5, 4, 3)), n_steps=8)
+    point = FrontOTPE().compose()
+    names = paths.dropped(point, sample.net)
+    assert "place of the loss" in names
+    corner = paths.restored(point, sample.net, [name for name in names if name != "place of the loss"])
+    weights = sample.loss.weights(None, *sample.batch.inputs.shape[:2], sample.batch.inputs.dtype)
+    decay = sample.net.neurons[-1].beta
+
+    def leaky(params):
+        outputs, total, value = plan.outputs(sample.net, params, sample.batch.inputs), 0.0, 0.0
+        for t in range(len(outputs)):
+            total = decay * total + outputs[t]
+            value = value + (weights[t] * sample.loss.function(total, sample.batch.targets)).sum()
+        return value
+
+    found, plain = gradients(sample, corner, BPTT())
+    close(found, jax.grad(leaky)(sample.params))
+    assert differ(found, plain)
+    assert sum(attribute(FrontOTPE(), *sample).share("layer_0").values()) == pytest.approx(1.0)
+
+
+class Mute(gl.LIF):
+    """A neuron that does not say how to cut its reset."""
+
+    def cut(self, path):
+        if path != "nothing":
+            raise NotImplementedError(f"Mute does not say how to cut {path!r}: give it a cut() method")
+        return self
+
+
+def test_a_neuron_that_does_not_say_how_to_cut_its_reset_is_refused():
+    sample = case(feed_forward(Mute(0.85, surrogate=FastSigmoid(3.0)), (4, 3)), n_steps=5)
+    with pytest.raises(ValueError, match="cannot be split over paths: layer_0: Mute does not say how to cut 'reset'"):
+        attribute(OTTT(), *sample)
+    assert attribute(OSTL(), *sample).paths == ("memory of later layers",)  # it keeps the reset: nothing to cut
+
+
 def test_two_players_by_hand():
     """v: nothing 0, the first 1, the second 2, both 6: the 3 that they gain together are shared."""
     assert shapley({(): 0.0, (0,): 1.0, (1,): 2.0, (0, 1): 6.0}, 2).tolist() == [2.5, 3.5]
@@ -158,6 +232,14 @@ def test_a_rule_that_is_exact_has_no_gap_and_says_so():
     assert found.paths == ("recurrence",) and not np.isnan(found.share()["recurrence"])
     exact = attribute(OSTL(own="full"), *sample)
     assert exact.paths == () and exact.metric(()) == pytest.approx(1.0) and exact.share() == {}
+    shares = exact.to_frame().query("kind == 'share'")
+    assert set(shares["path"]) == {""} and set(shares["flag"]) == {"the rule equals the reference here"}
+    with pytest.raises(ValueError, match="give a list of paths among"):
+        found.metric("recurrence")
+    with pytest.raises(ValueError, match="choose from cosine"):
+        found.metric([], "sign")
+    with pytest.raises(ValueError, match="layer='layer_9' is no part"):
+        found.share("layer_9")
     silent = sample._replace(params=jax.tree.map(lambda leaf: leaf * 0 - 1.0, sample.params))
     frame = attribute(EProp(), *silent).to_frame()
     assert frame["value"].isna().eq(frame["flag"] != "").all()

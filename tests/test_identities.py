@@ -41,7 +41,12 @@ EVERY = [*LIFS, *SQUARES, *SPECIAL]
 
 def networks(names: list[str]):
     """Tests on one network share its gradients, so that parallel runs keep them together."""
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names])
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=_marks(n)) for n in names])
+
+
+def _marks(name: str) -> list:
+    """Two of the random networks are left to the slow tests: the others are of the same kind."""
+    return [pytest.mark.xdist_group(name), *([pytest.mark.slow] if name in ("square-3", "square-4") else [])]
 
 
 def at_leisure(name: str) -> list:
@@ -61,7 +66,7 @@ def test_backpropagation_three_ways(name: str):
     assert_differs(found["OSTL"], found["BPTT"])
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.xdist_group(n), *at_leisure(n)]) for n in EVERY])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[*_marks(n), *at_leisure(n)]) for n in EVERY])
 def test_streaming_equals_adjoint(name: str):
     found, streams = deferred(name), streamed(name)
     assert {"OSTL", "SLTT", "FPTT"} <= set(streams)

@@ -7,10 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import close
 
 import gradlab as gl
+from gradlab.analysis import lags
 from gradlab.analysis.lags import lag_profile
 from gradlab.analysis.timeline import over_time
 from gradlab.rules import BPTT, DECOLLE, NDOT, OSTL, OTPE, OTTT, SLTT, TBPTT, UORO, EProp, Estimate, Rule
@@ -88,7 +90,7 @@ def test_credits_add_up_to_the_projection(x64, sample, profile):
     assert (frame.query("rule == 'OSTL' and lag > 0 and layer == 'network'")["value"].abs() > 1e-4).any()
 
 
-def test_bins_and_what_has_no_lags(x64, sample, profile):
+def test_bins_and_what_has_no_lags(x64, sample, profile, monkeypatch):
     assert set(profile.refusals) == {"UORO", "NDOT"} and "at which step the weights acted" in profile.refusals["UORO"]
     binned = lag_profile(*sample, [OTTT()], KEY, edges=[0, 1, 3]).to_frame()
     fine = profile.to_frame()
@@ -97,11 +99,18 @@ def test_bins_and_what_has_no_lags(x64, sample, profile):
         credit = fine.query(query)["value"].to_numpy()
         np.testing.assert_allclose(binned.query(query)["value"], [credit[0], credit[1:3].sum(), credit[3:].sum()])
     assert binned["last_lag"].unique().tolist() == [0, 2, STEPS - 1]
-    for edges in ([], [1, 2], [0, 2, 2], [0, STEPS]):
+    for edges in ([], [1, 2], [0, 2, 2], [0, STEPS], [0, 1.5], (False, True), ["0"]):
         with pytest.raises(ValueError, match="give rising whole numbers from 0"):
             lag_profile(*sample, [OTTT()], KEY, edges=edges)
     with pytest.raises(ValueError, match="use BPTT as the reference"):
         lag_profile(*sample, [OTTT()], KEY, reference=UORO())
+    whole = sample._replace(loss=gl.Accumulated(optax.softmax_cross_entropy))
+    for analysis in (lag_profile, over_time):
+        with pytest.raises(ValueError, match="Accumulated is no sum over steps"):
+            analysis(*whole, [OTTT()], KEY)
+    monkeypatch.setattr(lags, "LIMIT_BYTES", 1000)
+    with pytest.raises(ValueError, match="above the limit"):
+        lag_profile(*sample, [OTTT()], KEY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +166,16 @@ def test_what_is_no_sum_over_steps_is_left_out_with_the_reason(x64, sample, time
     assert masked["value"].isna().eq(masked["flag"] != "").all()
 
 
+def test_gradients_that_are_not_finite_are_said_to_be(x64, sample):
+    """A loss of 1e200 overflows the inner products, and every undefined number says why."""
+    wild = sample._replace(loss=gl.PerStep(lambda o, target: 1e200 * optax.softmax_cross_entropy(o, target)))
+    for found in (lag_profile(*wild, [SLTT()], KEY, edges=[0, 1]), over_time(*wild, [SLTT()], KEY)):
+        frame = found.to_frame()
+        undefined = frame["value"].isna()
+        assert undefined.any() and undefined.eq(frame["flag"] != "").all()
+        assert frame["flag"].str.contains("not finite").any()
+
+
 def test_rules_split_their_gradient_by_step(x64, sample):
     """Every rule that knows at which step the weights acted: the parts add up to its gradient."""
     net, params, batch, loss = sample
@@ -171,8 +190,8 @@ def test_rules_split_their_gradient_by_step(x64, sample):
 
 def test_the_figures_show_the_frames(x64, profile, timeline):
     ax = profile.plot("layer_0")
-    drawn = {line.get_label(): line for line in ax.get_legend_handles_labels()[0]}
-    assert ax.get_xlabel().startswith("lag") and not drawn
+    named = [text.get_text() for text in ax.get_figure().legends[0].get_texts()]
+    assert ax.get_xlabel().startswith("lag") and any(text.startswith("BPTT (sum 1.00)") for text in named)
     credit = profile.to_frame().query("rule == 'BPTT' and layer == 'layer_0' and metric == 'credit'")["value"]
     assert any(np.allclose(line.get_ydata(), credit) for line in ax.get_lines() if len(line.get_ydata()) == STEPS)
     ax = timeline.plot("cosine", "layer_0")

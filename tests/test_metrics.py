@@ -57,9 +57,29 @@ def test_overlap_of_the_largest_entries():
     assert metrics.top_overlap([0.0, 9.0, -8.0, 7.0, 0.0], r, 2) == 0.5  # {1, 2} and {0, 1}
     assert metrics.top_overlap(-r, r, 3) == 1.0 and metrics.top_overlap(1 / (np.abs(r) + 1), r, 2) == 0.0
     assert np.isnan(metrics.top_overlap(np.zeros(5), r, 2))
+    # Zeros do not compete: two vectors with nothing in common share nothing, however many zeros they share.
+    apart = np.zeros((2, 100))
+    apart[0, :5], apart[1, 50:55] = 1.0, 1.0
+    assert metrics.top_overlap(*apart, 20) == 0.0 and metrics.top_overlap(apart[1], apart[1], 20) == 1.0
+    assert metrics.top_counts(apart[0], np.zeros(100), 20) == (0, 0)
     for k in (0, 6):
         with pytest.raises(ValueError, match="between 1 and the number of entries, 5"):
             metrics.top_overlap(r, r, k)
+
+
+@pytest.mark.parametrize("other", [np.ones((4, 1)), np.ones(1), 1.0, np.ones((2, 2))])
+def test_arrays_of_different_shapes_are_refused(other):
+    """Broadcast, four ones and a column of four ones would have the cosine 4."""
+    names = ("cosine", "angle", "norm_ratio", "relative_error", "projection", "optimal_scale", "optimal_scale_error")
+    for metric in [
+        *(getattr(metrics, name) for name in names),
+        metrics.sign_agreement,
+        metrics.effective_learning_rate,
+    ]:
+        with pytest.raises(ValueError, match="different shapes"):
+            metric(np.ones(4), other)
+    with pytest.raises(ValueError, match="different shapes"):
+        metrics.top_overlap(np.ones(4), other, 1)
 
 
 def test_the_effective_learning_rate():

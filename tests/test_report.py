@@ -230,4 +230,4 @@ def test_packages_load_their_modules_on_first_use():
         "gradlab.report.nothing"
     )
     done = run(code)
-    assert "it has html, plots, style, tables" in done.stderr
+    assert "it has animation, html, plots, style, tables" in done.stderr

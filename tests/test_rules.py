@@ -28,6 +28,9 @@ pytestmark = pytest.mark.usefixtures("x64")
 ONCE = ("eager equals compiled", "one compilation", "mean of samples", "zero mask", "causality", "documentation")
 """Checks that one row of a class is enough for: other hyper-parameters run the same code."""
 
+EAGER = (OSTL, EProp, TBPTT)
+"""Rules that the fast tests run without compilation, which takes seconds each; the slow tests run all."""
+
 
 def _checks():
     seen = set()
@@ -38,8 +41,10 @@ def _checks():
         for index, name in enumerate(names):
             if again and name in ONCE:
                 continue
-            group = pytest.mark.xdist_group(row.rule.name)
-            yield pytest.param(row, index, id=f"{row.rule.name}-{name}", marks=group)
+            marks = [pytest.mark.xdist_group(row.rule.name)]
+            if name == "eager equals compiled" and type(row.rule) not in EAGER:
+                marks.append(pytest.mark.slow)
+            yield pytest.param(row, index, id=f"{row.rule.name}-{name}", marks=marks)
 
 
 @pytest.mark.parametrize(("row", "index"), list(_checks()))

@@ -55,9 +55,13 @@ class UpdateAlignment:
                 update = self.comparison.metrics(rule, layer)["norm"]
                 value = update / weights**0.5 if weights > 0 else float("nan")
                 flag = "" if weights > 0 else "the weights are zero"
+                flag = flag if np.isfinite(update) else f"the update of {rule} is not finite"
+                value = value if flag == "" else float("nan")
                 rows.append((rule, layer, "effective_learning_rate", value, flag))
         own = pd.DataFrame(rows, columns=["rule", "layer", "metric", "value", "flag"])
-        return pd.concat([self.comparison.to_frame(), own], ignore_index=True)
+        frame = pd.concat([self.comparison.to_frame(), own], ignore_index=True)
+        frame["flag"] = frame["flag"].str.replace("the gradient of", "the update of")
+        return frame
 
     def plot(self, metric: str = "cosine", ax: Any = None) -> Any:
         """A map of one metric per rule and layer; returns the Axes."""

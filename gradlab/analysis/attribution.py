@@ -10,8 +10,9 @@ are put back, v({}) is the rule's gradient and v(all) is the reference's; the ga
 
 after Shapley (1953, A value for n-person games, doi:10.1515/9781400881970-018). The same weights split the gap of any
 metric, m(v(all)) - m(v({})). The ladder puts the paths back one after the other: what a step of it gains depends on the
-order, which is why the Shapley value averages over all orders. A negative share says that the path, put back without
-all the others, leads away from the reference: errors of two dropped paths may cancel.
+order, which is why the Shapley value averages over all orders. A negative share says that putting the path back leads
+away from the reference in the mean over all orders, often because it comes last in some of them, where another path put
+back has overshot: errors of two dropped paths may cancel. What a path does by itself stand in the rows "alone".
 
 Links back to earlier layers are no part of any composed rule. What they add to the reference is the same for every S:
 their value is the rest, reference - v(all others).
@@ -32,7 +33,7 @@ from jax import Array
 
 from gradlab import metrics
 from gradlab.engine import compiled, prepare, with_reference
-from gradlab.groups import by_parameter, groups, summed
+from gradlab.groups import by_parameter, groups, inner, summed
 from gradlab.losses import Batch, Loss
 from gradlab.modules import is_hashable
 from gradlab.network import Network, Params
@@ -76,41 +77,47 @@ class Attribution:
 
     def metric(self, subset: Sequence[str], metric: str = "cosine", layer: str = "network") -> float:
         """A metric of v(subset) against the reference; NaN where one of them is zero."""
-        place = self.row[tuple(sorted(self.paths.index(path) for path in subset))]
-        return float(self._table(layer)[metric][place])
+        if isinstance(subset, str) or not set(subset) <= set(self.paths):
+            raise ValueError(f"subset={subset!r}: give a list of paths among {list(self.paths)}")
+        place = self.row[tuple(sorted(self.paths.index(path) for path in set(subset)))]
+        return float(self._values(metric, layer)[place])
 
     def share(self, layer: str = "network") -> dict[str, float]:
         """Equation (4): {path: share of the gap}; NaN where there is no gap."""
-        members = groups(self.values)[layer]
+        members = self._members(layer)
         gap = {path: self.values[path].sum(0) for path in members}
-        total = sum(float(gap[path] @ gap[path]) for path in members)
-        if total <= self._square(layer) * _ROUND_OFF**2:
+        total = sum(float(inner(gap[path], gap[path])) for path in members)
+        if self._flag(layer) or total <= self._square(layer) * _ROUND_OFF**2:
             return dict.fromkeys(self.paths, float("nan"))
         dots = sum(self.values[path] @ gap[path] for path in members)
         return dict(zip(self.paths, (dots / total).tolist(), strict=True))  # type: ignore[union-attr]
 
     def split(self, metric: str = "cosine", layer: str = "network") -> dict[str, float]:
         """{path: its Shapley value of a metric}; they add up to m(v(all)) - m(v({}))."""
-        table = self._table(layer)[metric]
+        table = self._values(metric, layer)
         values = {subset: np.asarray(table[place]) for subset, place in self.row.items()}
         return dict(zip(self.paths, shapley(values, len(self.paths)).tolist(), strict=True))
 
     def to_frame(self) -> pd.DataFrame:
         """A tidy frame: rule, layer, path, kind, metric, value, flag.
 
-        Kinds: "share", equation (4); "shapley", the split of each of `METRICS`; "ladder", the metric after this path
-        and all before it are put back (path "": the rule itself); "alone", the metric with this path alone put back.
+        Kinds: "share", equation (4), with path "" for a rule that drops nothing; "shapley", the split of each of
+        `METRICS`; "ladder", the metric after this path and all before it are put back (path "": the rule itself);
+        "alone", the metric with this path alone put back.
         """
         import pandas as pd
 
         rows: list[tuple[Any, ...]] = []
         for layer in groups(self.values):
             flag = self._flag(layer)
-            for path, value in self.share(layer).items():
+            for path, value in (self.share(layer) or {"": float("nan")}).items():
                 reason = flag or ("the rule equals the reference here" if math.isnan(value) else "")
                 rows.append((layer, path, "share", "share", value, reason))
             for metric in METRICS:
-                rows += [(layer, path, "shapley", metric, v, flag) for path, v in self.split(metric, layer).items()]
+                split = self.split(metric, layer)
+                rows += [
+                    (layer, path, "shapley", metric, float("nan") if flag else v, flag) for path, v in split.items()
+                ]
                 rows.append((layer, "", "ladder", metric, self.metric((), metric, layer), flag))
                 for place, path in enumerate(self.paths):
                     rung = self.metric(self.paths[: place + 1], metric, layer)
@@ -128,14 +135,25 @@ class Attribution:
 
         return plots_attribution.attribution(self.to_frame(), metric, layer, kind, ax=ax, reference=self.reference)
 
-    def _table(self, layer: str) -> dict[str, np.ndarray]:
-        return metrics.from_gram(summed(self.gram, groups(self.gram)[layer]), -1)
+    def _values(self, metric: str, layer: str) -> np.ndarray:
+        if metric not in metrics.GRAM_METRICS:
+            raise ValueError(f"metric={metric!r}: choose from {', '.join(metrics.GRAM_METRICS)}")
+        return metrics.from_gram(summed(self.gram, self._members(layer)), -1)[metric]
 
     def _square(self, layer: str) -> float:
-        return float(summed(self.gram, groups(self.gram)[layer])[-1, -1])
+        return float(summed(self.gram, self._members(layer))[-1, -1])
 
     def _flag(self, layer: str) -> str:
-        return f"the gradient of {self.reference} is zero" if self._square(layer) == 0 else ""
+        gram = summed(self.gram, self._members(layer))
+        if not np.isfinite(gram).all():
+            return "a gradient is not finite"
+        return f"the gradient of {self.reference} is zero" if gram[-1, -1] == 0 else ""
+
+    def _members(self, layer: str) -> list[str]:
+        known = groups(self.gram)
+        if layer not in known:
+            raise ValueError(f"layer={layer!r} is no part of the network; there are {', '.join(known)}")
+        return known[layer]
 
 
 def attribute(
@@ -156,7 +174,8 @@ def attribute(
 
     Raises:
         TypeError: a rule that is not composed; `lag_profile` splits BPTT's truncations by delay instead.
-        ValueError: as `gl.gradients`.
+        ValueError: as `gl.gradients`; a neuron that does not say how to cut its reset.
+        RuntimeError: the rule drops a path that is not listed, so that the gap could not be split.
     """
     if not isinstance(rule, ComposedRule):
         shown = getattr(rule, "name", repr(rule))  # type: ignore[unreachable]
@@ -168,9 +187,12 @@ def attribute(
     (reference,) = with_reference([], None)
     params, batch, (held, state) = prepare(net, params, batch, loss, [reference, rule], key)
     point = rule.compose()
+    if reason := paths.objection(point, net):
+        raise ValueError(f"{rule.name} cannot be split over paths: {reason}")
     names = paths.dropped(point, net)
     subsets = [subset for size in range(len(names) + 1) for subset in combinations(range(len(names)), size)]
     chosen = {subset: paths.restored(point, net, [names[place] for place in subset]) for subset in subsets}
+    _require_whole(names, chosen[subsets[-1]])
     distinct = list(dict.fromkeys([*chosen.values(), paths.EXACT]))
     own_key = jax.random.fold_in(key, 0)  # as the engine does for its first rule
     found = [_points(net, loss, tuple(part), params, batch, state, own_key) for part in _parts(distinct)]
@@ -179,6 +201,8 @@ def attribute(
     target = by_parameter(jax.device_get(exact))
     row = {subset: distinct.index(local) for subset, local in chosen.items()}
     names, row, vectors = _with_rest(net, names, row, vectors, distinct.index(paths.EXACT), target)
+    if not names:
+        _require_small({path: target[path] - vectors[row[()]][path] for path in target}, target)
     stacked = {path: np.stack([*(tree[path] for tree in vectors), vector]) for path, vector in target.items()}
     weights = np.zeros((len(names), len(vectors) + 1))
     for subset, own in _weights(len(names)).items():
@@ -187,8 +211,8 @@ def attribute(
         rule.name,
         reference.name,
         tuple(names),
-        {path: weights @ rows for path, rows in stacked.items()},
-        {path: rows @ rows.T for path, rows in stacked.items()},
+        {path: inner(weights, rows) for path, rows in stacked.items()},
+        {path: inner(rows, rows.T) for path, rows in stacked.items()},
         row,
     )
 
@@ -234,10 +258,19 @@ def _with_rest(
     return [*names, REST], both, [*vectors, *moved]
 
 
+def _require_whole(names: list[str], last: LocalRule) -> None:
+    """Refuse to go on when a rule with all its paths put back is not `paths.EXACT`."""
+    if names and last != paths.EXACT:
+        raise RuntimeError(
+            f"with {', '.join(names)} put back the rule is {last.name}, not BPTT: it drops a path that gradlab does "
+            "not list, and its gap cannot be split"
+        )
+
+
 def _require_small(rest: dict[str, np.ndarray], target: dict[str, np.ndarray]) -> None:
     """Refuse to go on when the paths put back do not give the reference: some path would be missing from the list."""
-    off, size = (math.sqrt(sum(float(v @ v) for v in tree.values())) for tree in (rest, target))
-    if off > 1e-3 * size:
+    off, size = (math.sqrt(sum(float(inner(v, v)) for v in tree.values())) for tree in (rest, target))
+    if off > 1e-3 * size and math.isfinite(size):
         raise RuntimeError(
             f"with all paths put back the gradient is not BPTT's (it differs by {off / max(size, 1e-300):.1e} of its "
             "length): a neuron's `cut` or a connection has a path that gradlab does not know"

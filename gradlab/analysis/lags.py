@@ -25,8 +25,9 @@ import numpy as np
 from jax import Array
 
 from gradlab import metrics
+from gradlab.analysis.timeline import require_steps_of_loss
 from gradlab.engine import prepare, shapes_of, with_reference
-from gradlab.groups import by_parameter, groups, summed
+from gradlab.groups import by_parameter, groups, inner, summed
 from gradlab.losses import Batch, Loss
 from gradlab.modules import is_hashable
 from gradlab.network import Network, Params
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LagProfile", "lag_profile"]
 
+LIMIT_BYTES = 4 * 2**30
+"""How much the gradients of all steps of one rule may take."""
 _EVERY = 64
 """Sequences up to this length get one entry per lag, longer ones lags that double."""
 
@@ -72,9 +75,10 @@ class LagProfile:
         rows = []
         for group, paths in groups(self.gram).items():
             gram, square = summed(self.gram, paths), float(summed(self.square, paths))
+            unit = square if 0 < square < np.inf else np.nan
             found = {
-                "credit": summed(self.credit, paths) / (square or np.nan),
-                "norm": np.sqrt(np.diagonal(gram, axis1=1, axis2=2) / (square or np.nan)),
+                "credit": summed(self.credit, paths) / unit,
+                "norm": np.sqrt(np.diagonal(gram, axis1=1, axis2=2) / unit),
                 "cosine": metrics.from_gram(gram)["cosine"],
             }
             for metric, table in found.items():
@@ -86,7 +90,9 @@ class LagProfile:
     def _flag(self, metric: str, value: float, square: float) -> str:
         if square == 0:
             return f"the gradient of {self.rules[0]} is zero"
-        return "no credit at this lag" if metric == "cosine" and np.isnan(value) else ""
+        if not np.isfinite(square) or (metric != "cosine" and not np.isfinite(value)):
+            return "a gradient is not finite"
+        return "no credit at this lag" if np.isnan(value) else ""
 
     def plot(self, layer: str = "network", metric: str = "credit", ax: Any = None) -> Any:
         """Credit by lag, one line per rule; returns the Axes."""
@@ -116,14 +122,21 @@ def lag_profile(
         edges: the first lag of each bin, 0 first; None: every lag for up to 64 steps, 0, 1, 2, 4, 8, ... beyond.
 
     Raises:
-        ValueError: as `gl.gradients`; edges that do not begin with 0 and rise; a reference that cannot be split.
+        ValueError: as `gl.gradients`; a loss that is no sum over steps; edges that are not rising whole numbers from
+            0; a reference that cannot be split; gradients of all steps above `LIMIT_BYTES`.
     """
     chosen = with_reference(rules, reference)
     params, batch, states = prepare(net, params, batch, loss, chosen, key)
     n_steps = shapes_of(net, params, batch, loss).n_steps
     first = _edges(edges, n_steps)
+    require_steps_of_loss(loss)
+    _require_memory(params, n_steps)
     kept, held, refusals = _splittable(net, params, batch, loss, chosen, states, key)
-    found = jax.device_get(_compiled(net, loss, kept, tuple(first))(params, batch, held))
+    # One rule at a time: each holds a gradient for every step of the sequence.
+    found = [
+        jax.device_get(_compiled(net, loss, rule, tuple(first))(params, batch, own))
+        for rule, own in zip(kept, held, strict=True)
+    ]
     trees = [by_parameter(tree, lead=1) for tree in found]
     rows = {path: np.stack([tree[path] for tree in trees], axis=1) for path in trees[0]}
     whole = {path: row[:, 0].sum(0) for path, row in rows.items()}
@@ -131,9 +144,9 @@ def lag_profile(
     return LagProfile(
         tuple(rule.name for rule in kept),
         np.stack([first, last], axis=1),
-        {path: row @ np.swapaxes(row, 1, 2) for path, row in rows.items()},
-        {path: row @ whole[path] for path, row in rows.items()},
-        {path: np.asarray(total @ total) for path, total in whole.items()},
+        {path: inner(row, np.swapaxes(row, 1, 2)) for path, row in rows.items()},
+        {path: inner(row, whole[path]) for path, row in rows.items()},
+        {path: np.asarray(inner(total, total)) for path, total in whole.items()},
         refusals,
     )
 
@@ -144,8 +157,9 @@ def _edges(edges: Sequence[int] | None, n_steps: int) -> list[int]:
             return list(range(n_steps))
         return [0, *(2**power for power in range(n_steps.bit_length()) if 2**power < n_steps)]
     edges = list(edges)
-    rising = all(a < b for a, b in itertools.pairwise(edges))
-    if not edges or edges[0] != 0 or not rising or edges[-1] >= n_steps:
+    whole = all(isinstance(edge, int | np.integer) and not isinstance(edge, bool) for edge in edges)
+    rising = whole and all(a < b for a, b in itertools.pairwise(edges))
+    if not edges or not rising or edges[0] != 0 or edges[-1] >= n_steps:
         raise ValueError(f"edges={edges}: give rising whole numbers from 0, below the {n_steps} steps of the sequence")
     return edges
 
@@ -169,38 +183,37 @@ def _splittable(
     return tuple(rule for rule, _ in kept), tuple(held for _, held in kept), refusals
 
 
+def _require_memory(params: Params, n_steps: int) -> None:
+    needed = n_steps * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
+    if needed > LIMIT_BYTES:
+        raise ValueError(
+            f"a gradient for each of {n_steps} steps takes {needed / 2**30:.1f} GiB, above the limit of "
+            f"{LIMIT_BYTES / 2**30:.1f} GiB: use a shorter sequence or a smaller network"
+        )
+
+
 def _by_lag(
-    net: Network,
-    loss: Loss,
-    rules: tuple[Rule, ...],
-    first: tuple[int, ...],
-    params: Params,
-    batch: Batch,
-    held: Any,
-) -> tuple[Params, ...]:
-    """Per rule g_lag, leaves [bins, ...]."""
+    net: Network, loss: Loss, rule: Rule, first: tuple[int, ...], params: Params, batch: Batch, own: Any
+) -> Params:
+    """g_lag of one rule, leaves [bins, ...]; `own` is its (state, key)."""
     tape = record(net, params, batch, loss)
     steps = jnp.arange(tape.n_steps)
     # The bin of each lag; what would act after the error falls out (no rule does).
     bin_of = jnp.asarray(np.searchsorted(first, np.arange(tape.n_steps), side="right") - 1)
 
-    def add(t: Array, sums: tuple[Params, ...]) -> tuple[Params, ...]:
+    def add(t: Array, total: Params) -> Params:
         bins = jnp.where(steps <= t, bin_of[jnp.clip(t - steps, 0)], len(first))
-        alone = tape.only_step(t)
-        split = [rule.by_step(net, params, alone, *own) for rule, own in zip(rules, held, strict=True)]
-        return tuple(
-            jax.tree.map(lambda a, c: a + jax.ops.segment_sum(c, bins, len(first)), total, part)
-            for total, part in zip(sums, split, strict=True)
-        )
+        split = rule.by_step(net, params, tape.only_step(t), *own)
+        return jax.tree.map(lambda a, c: a + jax.ops.segment_sum(c, bins, len(first)), total, split)
 
     empty = jax.tree.map(lambda leaf: jnp.zeros((len(first), *leaf.shape), leaf.dtype), params)
-    return jax.lax.fori_loop(0, tape.n_steps, add, (empty,) * len(rules))
+    return jax.lax.fori_loop(0, tape.n_steps, add, empty)
 
 
 _jitted = jax.jit(_by_lag, static_argnums=(0, 1, 2, 3))
 
 
-def _compiled(net: Network, loss: Loss, rules: tuple[Rule, ...], first: tuple[int, ...]) -> Any:
-    if is_hashable(net, loss, rules):
-        return partial(_jitted, net, loss, rules, first)
-    return jax.jit(partial(_by_lag, net, loss, rules, first))
+def _compiled(net: Network, loss: Loss, rule: Rule, first: tuple[int, ...]) -> Any:
+    if is_hashable(net, loss, rule):
+        return partial(_jitted, net, loss, rule, first)
+    return jax.jit(partial(_by_lag, net, loss, rule, first))

@@ -23,7 +23,7 @@ from jax import Array
 
 from gradlab import metrics
 from gradlab.engine import compiled, on_tape, prepare, shapes_of, with_reference
-from gradlab.groups import by_parameter, groups, summed
+from gradlab.groups import by_parameter, groups, inner, summed
 from gradlab.losses import Batch, Loss
 from gradlab.modules import is_hashable
 from gradlab.network import Network, Params
@@ -64,23 +64,25 @@ class Timeline:
         for kind, gram in (("step", self.gram), ("cumulative", self.cumulative)):
             for group, paths in groups(gram).items():
                 values = summed(gram, paths)
-                zero = np.diagonal(values, axis1=1, axis2=2) == 0
+                squares = np.diagonal(values, axis1=1, axis2=2)
                 for metric, table in metrics.from_gram(values).items():
-                    parts.append(self._rows(kind, group, metric, table, zero))
+                    parts.append(self._rows(kind, group, metric, table, squares))
         return pd.concat(parts, ignore_index=True)
 
-    def _rows(self, kind: str, group: str, metric: str, table: np.ndarray, zero: np.ndarray) -> pd.DataFrame:
+    def _rows(self, kind: str, group: str, metric: str, table: np.ndarray, squares: np.ndarray) -> pd.DataFrame:
         import pandas as pd
 
         steps, rules = table.shape
-        flags = [self._flag(rule, zero[step]) for step in range(steps) for rule in range(rules)]
+        flags = [self._flag(rule, squares[step]) for step in range(steps) for rule in range(rules)]
         value = np.where(np.array(flags) == "", table.ravel(), np.nan)
         where = {"step": np.repeat(np.arange(steps), rules), "kind": kind, "rule": list(self.rules) * steps}
         return pd.DataFrame({**where, "layer": group, "metric": metric, "value": value, "flag": flags})
 
-    def _flag(self, rule: int, zero: np.ndarray) -> str:
+    def _flag(self, rule: int, squares: np.ndarray) -> str:
         for index in (0, rule):
-            if zero[index]:
+            if not np.isfinite(squares[index]):
+                return f"the gradient of {self.rules[index]} is not finite"
+            if squares[index] == 0:
                 return f"the gradient of {self.rules[index]} is zero"
         return ""
 
@@ -109,10 +111,11 @@ def over_time(
         reference: the rule that the others are measured against.
 
     Raises:
-        ValueError: as `gl.gradients`.
+        ValueError: as `gl.gradients`; a loss that is no sum over steps.
     """
     chosen = with_reference(rules, reference)
     params, batch, states = prepare(net, params, batch, loss, chosen, key)
+    require_steps_of_loss(loss)
     estimates = jax.device_get(compiled(net, loss, tuple(chosen))(params, batch, states, key))
     whole = [by_parameter(estimate.grad) for estimate in estimates]
     names = [rule.name for rule in chosen]
@@ -126,14 +129,22 @@ def over_time(
             until[path] = start + np.cumsum(row, axis=0)
             for index, tree in enumerate(running):
                 tree[path] = until[path][-1, index]
-        steps.append({path: _inner(row) for path, row in rows.items()})
-        sums.append({path: _inner(row) for path, row in until.items()})
+        steps.append({path: inner(row, np.swapaxes(row, 1, 2)) for path, row in rows.items()})
+        sums.append({path: inner(row, np.swapaxes(row, 1, 2)) for path, row in until.items()})
     kept, refusals = _linear(names, whole, running)
 
     def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         return {path: np.concatenate([part[path] for part in parts])[:, kept][:, :, kept] for path in whole[0]}
 
     return Timeline(tuple(names[index] for index in kept), joined(steps), joined(sums), refusals)
+
+
+def require_steps_of_loss(loss: Loss) -> None:
+    """Raise ValueError for a loss that is no sum over steps, of which no single step can be blamed."""
+    if not loss.streams:
+        raise ValueError(
+            f"{type(loss).__name__} is no sum over steps, so that no step has a loss of its own: use gl.PerStep"
+        )
 
 
 def _stretches(
@@ -171,22 +182,20 @@ def _split(net: Network, loss: Loss, rules: Sequence[Rule]) -> Any:
     return jax.jit(partial(_contributions, net, loss, tuple(rules)))
 
 
-def _inner(rows: np.ndarray) -> np.ndarray:
-    return rows @ np.swapaxes(rows, 1, 2)
-
-
 def _linear(names: Sequence[str], whole: Any, sums: Any) -> tuple[list[int], dict[str, str]]:
     """The places of the rules whose gradient is the sum over steps, and why the others are left out."""
     kept, refusals = [], {}
     for index, name in enumerate(names):
         a, b = (np.concatenate(list(tree[index].values())) for tree in (whole, sums))
-        error = float(np.linalg.norm(a - b))
-        if error <= _TOLERANCE * max(float(np.linalg.norm(a)), float(np.linalg.norm(b))):
+        with np.errstate(over="ignore", invalid="ignore"):
+            error, size = float(np.linalg.norm(a - b)), float(np.linalg.norm(a))
+        # What is not finite is kept: the frame flags it.
+        if not (np.isfinite(error) and np.isfinite(size)) or error <= _TOLERANCE * size:
             kept.append(index)
         else:
             refusals[name] = (
-                f"{name}: its gradient is no sum over the steps of the loss (they differ by "
-                f"{error / max(float(np.linalg.norm(a)), 1e-300):.1e} of it)"
+                f"{name}: its gradient does not follow the errors of single steps, or is no sum over the steps of the "
+                f"loss (they differ by {error / max(size, 1e-300):.1e} of it)"
             )
     if 0 not in kept:
         raise ValueError(f"the reference cannot be split into steps. {refusals[names[0]]}: use BPTT as the reference")

@@ -14,7 +14,7 @@ __all__ = ["PATH_COLORS", "attribution", "shares"]
 
 PATH_COLORS = {
     "time inside the layer": "#0072B2", "reset": "#56B4E9", "adaptation": "#5D3A9B", "recurrence": "#009E73",
-    "temporal trace": "#0072B2", "memory of later layers": "#E69F00", "feedback weights": "#D55E00",
+    "temporal trace": "#44AA99", "memory of later layers": "#E69F00", "feedback weights": "#D55E00",
     "learning signal": "#CC79A7", "place of the loss": "#8C564B", "steps that teach": "#7F7F7F",
     "links back to earlier layers": "#F0E442",
 }  # fmt: skip
@@ -75,7 +75,8 @@ def attribution(
 def shares(frame: pd.DataFrame, layer: str = "network", ax: Axes | None = None) -> Axes:
     """The share of each path in the gap of each rule: one row per rule, paths side by side; they add up to 1.
 
-    Shares below zero stand left of the line: put back alone, such a path leads away from the reference.
+    Shares below zero stand left of the line: putting such a path back leads away from the reference in the mean over
+    all orders.
 
     Args:
         frame: rows of `Attribution.to_frame` of several rules, joined; with a column "seed" the mean is drawn.
@@ -86,6 +87,7 @@ def shares(frame: pd.DataFrame, layer: str = "network", ax: Axes | None = None) 
     rows = frame[(frame["kind"] == "share") & (frame["layer"] == layer)]
     if rows.empty:
         raise ValueError(f"the frame has no shares of {layer!r}")
+    notes = _left_out(rows)
     table = rows.groupby(["rule", "path"], sort=False)["value"].mean().unstack()
     table = table.reindex(index=list(dict.fromkeys(rows["rule"])), columns=[p for p in PATH_COLORS if p in table])
     for place, (_, row) in enumerate(table.iterrows()):
@@ -102,10 +104,18 @@ def shares(frame: pd.DataFrame, layer: str = "network", ax: Axes | None = None) 
     ax.axvline(1, color="0.75", linewidth=0.6, zorder=0)
     ax.set_xlabel("share of the gap to the reference (adds up to 1)")
     ax.set_title(layer_label(layer), loc="left")
-    _legend(ax, alone, list(table.columns))
+    _legend(ax, alone, list(table.columns), notes)
     return ax
 
 
-def _legend(ax: Axes, alone: bool, names: list[str]) -> None:
+def _left_out(rows: pd.DataFrame) -> list[str]:
+    """What must be said in words when some seeds of a rule are undefined: means leave them out."""
+    if "seed" not in rows or not rows["value"].isna().any():
+        return []
+    lost = rows[rows["value"].isna()].groupby("rule", sort=False)["seed"].nunique()
+    return [f"undefined in {count} of {rows['seed'].nunique()} seeds: {rule}" for rule, count in lost.items()]
+
+
+def _legend(ax: Axes, alone: bool, names: list[str], notes: list[str]) -> None:
     handles = [Line2D([], [], color=PATH_COLORS[n], marker="s", linestyle="", markersize=5, label=n) for n in names]
-    finish(ax, alone, handles, [], columns=2)
+    finish(ax, alone, handles, notes, columns=2)

@@ -58,7 +58,8 @@ def timeline(
     ax.set(xlabel="time step of the sequence", ylabel=metric_label(metric, reference))
     ax.set_title(layer_label(layer), loc="left")
     if legend:
-        finish(ax, alone, handles, ["thin: the loss of that step alone; thick: all steps until then"])
+        notes = ["thin: the loss of that step alone; thick: all steps until then"]
+        finish(ax, alone, handles, notes + (["gaps: undefined"] if rows["value"].isna().any() else []))
     return ax
 
 
@@ -94,9 +95,11 @@ def lags(
         label = f"{rule} (sum {mean.sum():.2f})" if metric == "credit" else str(rule)
         handles.append(Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, label=label))
     last = rows.groupby("lag")["last_lag"].first()
-    if (last != last.index).any():
+    binned = bool((last != last.index).any())
+    if binned:
         ax.set_xscale("symlog", linthresh=1)
-    ax.set(xlabel="lag from action to error (time steps)", ylabel=_CREDIT[metric].format(reference=reference))
+    where = "lag from action to error (time steps)" + (", first of each bin; values are sums of bins" if binned else "")
+    ax.set(xlabel=where, ylabel=_CREDIT[metric].format(reference=reference))
     ax.set_title(layer_label(layer), loc="left")
     if legend:
         finish(ax, alone, handles, [], columns=2)

@@ -91,8 +91,8 @@ def assign(rules: Sequence[LocalRule], net: Network) -> Assignment:
     for layer in range(len(net.neurons)):
         found: dict[Any, Job] = {}
         chosen = [_job(found, rule.at(net, layer), way) for rule, way in zip(rules, ways, strict=True)]
-        # The delta of a job without memory is what its way hands down through time.
-        down = {way: rules[way].hands_down() for way in dict.fromkeys(ways)}
+        # What a way hands down through time is the delta of a job of its own.
+        down = {way: rules[way].hands_down(net, layer) for way in dict.fromkeys(ways)}
         through.append({way: _job(found, local, way) for way, local in down.items() if local is not None})
         jobs.append(tuple(found.values()))
         job_of.append(tuple(chosen))

@@ -23,6 +23,7 @@ from collections.abc import Collection
 from typing import Any
 
 from gradlab.network import Network
+from gradlab.neurons import ALIF, IF, LI, LIF, CurrentLIF
 from gradlab.rules.feedback import DirectFeedback, LocalReadout
 from gradlab.rules.gates import EveryStep
 from gradlab.rules.local import LocalRule
@@ -48,7 +49,7 @@ def dropped(rule: LocalRule, net: Network) -> list[str]:
     """The paths that a rule drops or replaces in a network, in the order of this module's list."""
     found = [*_dropped_by_traces(rule, net)]
     if net.last > 0:  # without a hidden layer there is nothing to hand down
-        found += [MEMORY] if rule.signal.through is None else []
+        found += [MEMORY] if rule.signal.through != FULL else []
         found += _dropped_by_signal(rule.signal, net)
     found += [LOSS] if rule.prediction != Output() else []
     found += [GATE] if rule.gate != EveryStep() else []
@@ -59,25 +60,55 @@ def restored(rule: LocalRule, net: Network, paths: Collection[str]) -> LocalRule
     """The rule with some of the paths that it drops put back; the rule itself with none of them."""
     if not paths:
         return rule
-    if set(dropped(rule, net)) <= set(paths):
-        return EXACT
-    base = rule.output
-    output = None
-    if base is not None:
-        output = LocalRule(_trace(base.trace, paths), base.signal, None if LOSS in paths else base.memory)
-    trace, signal, memory = _trace(rule.trace, paths), _signal(rule.signal, paths), rule.memory
-    if MEMORY in paths and (through := _through(signal, rule.trace, paths)) is not None:
+    approximates = TRACE in dropped(rule, net)
+    # What the network does not have counts as put back, so that no rule cuts what is not there.
+    paths = {*paths, *({RESET, ADAPTATION, RECURRENCE} - set(_paths_of(net)))}
+    trace, memory = _trace(rule.trace, paths, approximates), rule.memory
+    signal = _signal(rule.signal, paths)
+    through = _through(signal, rule.trace, paths, approximates) if MEMORY in paths else None
+    if net.last == 0:
+        through = EXACT.signal  # no layer below hears it
+    if through is not None:
         signal, memory = through, None
         trace = dataclasses.replace(trace, slope="instant") if trace.slope != "instant" else trace  # type: ignore[call-arg]
     prediction = Output() if LOSS in paths else rule.prediction
     gate = EveryStep() if GATE in paths else rule.gate
+    output = None if rule.output is None else _output(rule.output, paths, approximates)
+    if trace.slope == "instant" and output == LocalRule(trace):
+        output = None  # what the last layer does by itself
     return LocalRule(trace, signal, memory, gate, prediction, output)
 
 
-def _plain(trace: Trace) -> bool:
-    """True for a trace that is the neuron's own Jacobian with paths left out, False for an approximation of it."""
+def objection(rule: LocalRule, net: Network) -> str | None:
+    """Why the paths of a network cannot be put back one by one, or None."""
+    if all({RESET, ADAPTATION} <= _kept(trace) for trace in _traces(rule)):
+        return None
+    for layer, neuron in enumerate(net.neurons):
+        try:
+            [neuron.cut(path) for path in ("reset", "adaptation", "spike")]
+        except (NotImplementedError, ValueError) as error:
+            return f"layer_{layer}: {error}"
+    return None
+
+
+def _output(output: LocalRule, paths: Collection[str], approximates: bool) -> LocalRule:
+    """The rule of the last layer, whose memory is that of the place where the loss is put."""
+    trace = _trace(output.trace, paths, approximates)
+    if LOSS not in paths or output.memory is None:
+        return LocalRule(trace, output.signal, output.memory)
+    return LocalRule(trace)
+
+
+def _plain(trace: Trace, net: Network) -> bool:
+    """True for a trace that is the neurons' own Jacobian with paths left out, False for an approximation of it.
+
+    Constants below threshold are the Jacobian without the spike's paths in neurons that are known not to scale their
+    membrane with the spike, as a reset to zero does.
+    """
     if isinstance(trace, SubthresholdTrace):
-        return trace.slope == "instant" and trace.bias == "traced"
+        known = all(type(n) in (IF, LIF, LI, ALIF, CurrentLIF) for n in net.neurons)
+        zero = any(getattr(n, "reset", "none") == "zero" for n in net.neurons)
+        return trace.slope == "instant" and trace.bias == "traced" and known and not zero
     return isinstance(trace, NoTrace | JacobianTrace)
 
 
@@ -87,7 +118,7 @@ def _traces(rule: LocalRule) -> list[Trace]:
 
 def _dropped_by_traces(rule: LocalRule, net: Network) -> list[str]:
     traces = _traces(rule)
-    if not all(map(_plain, traces)):
+    if not all(_plain(trace, net) for trace in traces):
         return [TRACE]
     keeps = [_kept(trace) for trace in traces]
     exists = [TIME, *_paths_of(net)]
@@ -96,11 +127,10 @@ def _dropped_by_traces(rule: LocalRule, net: Network) -> list[str]:
 
 def _kept(trace: Trace) -> set[str]:
     """The paths inside a layer that a plain trace follows."""
-    if isinstance(trace, NoTrace):
-        return set()
     if isinstance(trace, SubthresholdTrace):
         return {TIME}
-    assert isinstance(trace, JacobianTrace)
+    if not isinstance(trace, JacobianTrace):
+        return set()
     kept = {TIME} | ({RECURRENCE} if trace.own == "full" else set())
     kept |= {RESET} if trace.cut in ("nothing", "adaptation") else set()
     return kept | ({ADAPTATION} if trace.cut in ("nothing", "reset") else set())
@@ -132,13 +162,12 @@ def _dropped_by_signal(signal: Signal, net: Network) -> list[str]:
     return [] if isinstance(signal, SpatialBackprop) and signal.weights == "own" else [WEIGHTS]
 
 
-def _trace(trace: Trace, paths: Collection[str]) -> Trace:
-    if TRACE in paths:
-        return FULL
-    if not {TIME, RESET, ADAPTATION, RECURRENCE} & set(paths) or not _plain(trace):
-        return trace
+def _trace(trace: Trace, paths: Collection[str], approximates: bool) -> Trace:
+    if approximates:
+        return FULL if TRACE in paths else trace
     kept = _kept(trace) | set(paths)
-    return _with(kept, trace) if TIME in kept else trace
+    whole = {TIME, RESET, ADAPTATION, RECURRENCE}
+    return _with(kept, trace) if TIME in kept and (kept & whole) != (_kept(trace) & whole) else trace
 
 
 def _with(kept: Collection[str], base: Trace) -> JacobianTrace:
@@ -153,11 +182,11 @@ def _signal(signal: Signal, paths: Collection[str]) -> Signal:
     return SpatialBackprop(slope=signal.slope)
 
 
-def _through(signal: Signal, base: Trace, paths: Collection[str]) -> Signal | None:
+def _through(signal: Signal, base: Trace, paths: Collection[str], approximates: bool) -> Signal | None:
     """The signal through the later layers' time, along the paths that the rule follows or that are put back; None for
     one that no later layer hands down.
     """
-    time = _with(_kept(base) | set(paths), base) if _plain(base) else FULL
+    time = FULL if approximates or signal.through is not None else _with(_kept(base) | set(paths), base)
     if isinstance(signal, SpatialBackprop):
         return dataclasses.replace(signal, slope="instant", through=time)
     if isinstance(signal, DirectFeedback) and signal.of == "error":

@@ -1,8 +1,8 @@
 """The diagnostics of a study: why gradients differ and whether it matters.
 
-One job per network and kind, after the network's cells.
-Most kinds are measured where training with the reference began and where it ended, for every seed; those that compare
-the solutions of different rules, at the end only.
+One job per network and kind, after the network's cells. Most kinds are measured where training with the reference (or,
+if it was not trained with, the first rule that was) began and where it ended, for every seed; those that compare the
+solutions of different rules, at the end only.
 """
 
 from __future__ import annotations

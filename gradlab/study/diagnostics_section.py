@@ -51,7 +51,8 @@ def _ladder(frame: pd.DataFrame, reference: str, ax: Axes) -> Axes:
 
     paths = frame[frame["kind"] == "ladder"].groupby("rule", sort=False)["path"].nunique()
     rule = paths.idxmax()  # the rule that drops most
-    return plots_attribution.attribution(frame[frame["rule"] == rule], layer=_hidden(frame), ax=ax, reference=reference)
+    # An attribution is always against BPTT, whatever the study's reference is.
+    return plots_attribution.attribution(frame[frame["rule"] == rule], layer=_hidden(frame), ax=ax)
 
 
 def _lags(frame: pd.DataFrame, reference: str, ax: Axes) -> Axes:
@@ -135,8 +136,8 @@ DRAWINGS = (
     Drawing(
         "attribution", "shares", _shares,
         "Why each gradient differs in the first layer: the gap to BPTT, split over the paths of credit that the rule "
-        "drops (Shapley values, mean over seeds; each row adds up to 1). A bar left of zero says that this path, put "
-        "back without the others, leads away: errors of dropped paths partly cancel.", True,
+        "drops (Shapley values, mean over seeds; each row adds up to 1). A bar left of zero says that putting this "
+        "path back leads away in the mean over all orders: errors of dropped paths partly cancel.", True,
     ),
     Drawing(
         "attribution", "ladder", _ladder,
@@ -145,23 +146,23 @@ DRAWINGS = (
     ),
     Drawing(
         "lags", "lags", _lags,
-        "Credit by delay in the first layer: how much of BPTT's gradient each rule finds at each lag between a "
-        "weight's action and the error (mean over seeds). BPTT's own credits add up to 1.", True,
+        "Credit by delay in the first layer: how much of {reference}'s gradient each rule finds at each lag between a "
+        "weight's action and the error (mean over seeds). Those of {reference} add up to 1.", True,
     ),
     Drawing(
         "timeline", "timeline", _timeline,
-        "The cosine with BPTT at each step of the sequence in the first layer (mean over seeds): of that step's loss "
-        "alone (thin) and of all steps until then (thick).", True,
+        "The cosine with {reference} at each step of the sequence in the first layer (mean over seeds): of that step's "
+        "loss alone (thin) and of all steps until then (thick).", True,
     ),
     Drawing(
         "noise", "noise", _noise,
         "Bias and noise of each rule's gradient over eight batches (first seed), relative to the mean gradient of "
-        "BPTT: where the data's noise is larger than the bias, a better rule would hardly be seen in one step.",
+        "{reference}: where the data's noise is larger than the bias, a better rule would hardly be seen in one step.",
     ),
     Drawing(
         "descent", "descent", _descent,
-        "Does it matter? The decrease of the loss along each rule's own step over that along BPTT's, at equal length "
-        "(first seed): 1 is as good as BPTT, below 0 the loss rises.",
+        "Does it matter? The decrease of the loss along each rule's own step over that along {reference}'s, at equal "
+        "length (first seed): 1 is as good as {reference}, below 0 the loss rises.",
     ),
     Drawing(
         "best_steps", "best-steps", _best_steps,
@@ -170,8 +171,9 @@ DRAWINGS = (
     ),
     Drawing(
         "updates", "updates", _updates,
-        "The cosine of the optimizer's first updates with BPTT's (mean over seeds). An optimizer that rescales its "
-        "steps may make directions more alike, or less.", True,
+        "The cosine with {reference}'s of the optimizer's updates from a fresh state (mean over seeds), which are "
+        "not the next ones of training. An optimizer that rescales its steps may make directions more alike, or less.",
+        True,
     ),
     Drawing("health", "rates", _rates, "Firing rates of the units of each layer, sorted (first seed)."),
     Drawing(
@@ -192,8 +194,8 @@ DRAWINGS = (
     ),
     Drawing(
         "between", "between", _between,
-        "The loss on the straight lines from BPTT's solution to those of the other rules (first seed). A barrier says "
-        "that the rules ended in different valleys, or in mirror images of one.",
+        "The loss on the straight lines from the first solution to those of the other rules (first seed). A barrier "
+        "says that the rules ended in different valleys, or in mirror images of one.",
     ),
     Drawing(
         "representation", "cka", _representation,
@@ -232,7 +234,14 @@ def _figures(found: Results, network: str, frames: dict[str, pd.DataFrame]) -> I
             drawn = draw(drawing, frame[frame["at"] == at], found.study.reference.name)
             when = "Before training" if at == 0 else f"After {at} iterations"
             name = f"{drawing.name}-{network}-{at}"
-            yield figure(found, drawn, name, f"{when} (network {network}). {drawing.caption}")
+            caption = drawing.caption.format(reference=found.study.reference.name)
+            yield figure(found, drawn, name, f"{when} (network {network}). {caption}{_lost(found, frame, at)}")
+
+
+def _lost(found: Results, frame: pd.DataFrame, at: int) -> str:
+    """What must be said when seeds are missing because their parameters were not finite."""
+    missing = sorted(set(found.study.seeds) - set(frame[frame["at"] == at]["seed"]))
+    return f" Left out: seeds {missing}, whose parameters are not finite numbers." if missing else ""
 
 
 def draw(drawing: Drawing, frame: pd.DataFrame, reference: str) -> Any:
