@@ -11,6 +11,7 @@ from report_data import RULES, SILENT, STEPS, results
 from gradlab.analysis.landscape import Landscape
 from gradlab.analysis.similarity import summarise
 from gradlab.report import plots, style
+from gradlab.rules import ALL
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,12 @@ def test_parametrised_rules_share_a_colour_and_not_a_line():
     assert (short.line, short.marker) != (long.line, long.marker)
     six = [style.rule_style(n) for n in ("BPTT", "OSTL", "OTTT", "OTPE", "ApproximateOTPE", "SLTT")]
     assert len({s.color for s in six}) == len({s.marker for s in six}) == 6
+
+
+def test_every_rule_has_a_look_of_its_own():
+    names = {type(rule).__name__ for rule in ALL}
+    assert set(style.RULE_STYLES) == names
+    assert len(set(style.RULE_STYLES.values())) == len(names)
 
 
 @pytest.mark.parametrize(("journal", "columns", "width"), [("nature", 1, 3.5), ("neurips", 2, 5.5)])

@@ -67,7 +67,19 @@ RULE_STYLES: dict[str, RuleStyle] = {
     "KFRTRL": RuleStyle("#5D3A9B", _DASHED, "<"),
     "SnAp": RuleStyle("#7F7F7F", _DASH_DOT, "s"),
     "FPTT": RuleStyle("#8C564B", _DASHED, "o"),
-    "DNI": RuleStyle("#8C564B", _DOTTED, "^"),
+    "SyntheticGradient": RuleStyle("#8C564B", _DOTTED, "^"),
+    "OSTTP": RuleStyle("#0072B2", _DASHED, "v"),
+    "DRTRL": RuleStyle("#0072B2", _DOTTED, "D"),
+    "ESDRTRL": RuleStyle("#0072B2", _DASH_DOT, "X"),
+    "NDOT": RuleStyle("#D55E00", _DOTTED, "v"),
+    "FrontOTPE": RuleStyle("#009E73", _DASHED, "o"),
+    "DECOLLE": RuleStyle("#CC79A7", "-", "P"),
+    "TESS": RuleStyle("#CC79A7", _DASHED, "h"),
+    "STLLR": RuleStyle("#CC79A7", _DASH_DOT, "p"),
+    "FeedbackAlignment": RuleStyle("#E69F00", "-", "<"),
+    "DirectFeedbackAlignment": RuleStyle("#E69F00", _DASHED, ">"),
+    "DRTP": RuleStyle("#E69F00", _DOTTED, "s"),
+    "ETLP": RuleStyle("#56B4E9", _DOTTED, "D"),
 }
 """The look of rules, by class name. Any other rule gets a look from a hash of its name, always the same."""
 
