@@ -20,7 +20,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ.setdefault("XLA_FLAGS", " ".join(_FAST_COMPILATION))
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TESTS_BETWEEN_CLEARINGS = 40
+_TESTS_BETWEEN_CLEARINGS = 80
 _n_finished = pytest.StashKey[int]()
 
 

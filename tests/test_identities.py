@@ -45,8 +45,9 @@ def networks(names: list[str]):
 
 
 def _marks(name: str) -> list:
-    """Two of the random networks are left to the slow tests: the others are of the same kind."""
-    return [pytest.mark.xdist_group(name), *([pytest.mark.slow] if name in ("square-3", "square-4") else [])]
+    """Networks that have a brother of the same kind are left to the slow tests."""
+    brothers = ("square-3", "square-4", "convolution-channels")
+    return [pytest.mark.xdist_group(name), *([pytest.mark.slow] if name in brothers else [])]
 
 
 def at_leisure(name: str) -> list:
