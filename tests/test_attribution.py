@@ -267,8 +267,18 @@ def test_the_frame_and_the_figure_tell_the_same():
     np.testing.assert_allclose([bar.get_width() for bar in bars], [*found.split("cosine", "layer_0").values()])
 
 
+class Halved(OSTL):
+    """A composed rule with a gradient of its own, which its parts do not know."""
+
+    def gradient(self, net, params, tape, state, key):
+        found = super().gradient(net, params, tape, state, key)
+        return found._replace(grad=jax.tree.map(lambda leaf: leaf / 2, found.grad))
+
+
 def test_what_cannot_be_split_is_refused():
     sample = case(n_steps=4)
+    with pytest.raises(TypeError, match="Halved is no composed rule"):
+        attribute(Halved(), *sample)
     with pytest.raises(TypeError, match=r"UORO is no composed rule.*lag_profile"):
         attribute(UORO(), *sample)
     with pytest.raises(ValueError, match="leave memory out"):

@@ -173,12 +173,13 @@ def attribute(
             key)`; all v(S) draw the same. None: seed 0.
 
     Raises:
-        TypeError: a rule that is not composed; `lag_profile` splits BPTT's truncations by delay instead.
+        TypeError: a rule that is not composed, or that computes its gradient otherwise; `lag_profile` splits BPTT's
+            truncations by delay instead.
         ValueError: as `gl.gradients`; a neuron that does not say how to cut its reset.
         RuntimeError: the rule drops a path that is not listed, so that the gap could not be split.
     """
-    if not isinstance(rule, ComposedRule):
-        shown = getattr(rule, "name", repr(rule))  # type: ignore[unreachable]
+    if not isinstance(rule, ComposedRule) or type(rule).gradient is not ComposedRule.gradient:
+        shown = getattr(rule, "name", repr(rule))
         raise TypeError(
             f"{shown} is no composed rule, so the paths that it drops cannot be put back one by one: give a rule such "
             "as gl.rules.OSTL() or a LocalRule; for truncations of BPTT use gl.analysis.lag_profile"

@@ -76,8 +76,15 @@ def attribution(at: Setting) -> pd.DataFrame:
 
     from gradlab.analysis.attribution import attribute
 
-    rules = [rule for rule in at.rules if isinstance(rule, ComposedRule)]
-    frames = [attribute(rule, *at.case, key=at.key).to_frame() for rule in rules]
+    frames = []
+    for rule in at.rules:
+        if not isinstance(rule, ComposedRule):
+            continue
+        try:
+            frames.append(attribute(rule, *at.case, key=at.key).to_frame())
+        except (TypeError, ValueError, RuntimeError) as error:  # the other rules' results must not be lost
+            row = {"rule": rule.name, "layer": "network", "path": "", "kind": "share", "metric": "share"}
+            frames.append(pd.DataFrame([{**row, "value": float("nan"), "flag": str(error)}]))
     return _whole_layers(pd.concat(frames)) if frames else pd.DataFrame(columns=["rule", "layer", "value"])
 
 

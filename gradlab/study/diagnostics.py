@@ -35,9 +35,15 @@ FILE = "values.csv"
 
 def diagnostic_folder(study: Study, network: str, kind: str, results_dir: str | Path) -> Folder:
     """Return the folder of one kind of diagnostic of one network."""
-    own = replace(study, title="", profiles={}, landscape=None, diagnostics=(kind,)).with_network(network)
     place = f"diagnostics/{slug(network)}/{kind}"
-    return Folder(Path(results_dir) / study.folder, place, canonical.identity(own.to_json()))
+    identity = canonical.identity(_only(study, network, kind).to_json())
+    return Folder(Path(results_dir) / study.folder, place, identity)
+
+
+def _only(study: Study, network: str, kind: str) -> Study:
+    """The study cut down to what one kind of diagnostic of one network depends on."""
+    own = replace(study, title="", profiles={}, landscape=None, diagnostics=(kind,))
+    return own.with_network(network)
 
 
 def run_diagnostic(spec_json: str, network: str, kind: str, results_dir: str) -> str:
@@ -85,7 +91,7 @@ def _compute(study: Study, network: str, kind: str, folder: Folder, results_dir:
     import pandas as pd
 
     started = time.time()
-    folder.begin(study.with_network(network).to_json(), software())
+    folder.begin(_only(study, network, kind).to_json(), software())
     settings = list(_settings(study, network, kind, results_dir))
     progress = Progress(folder.path / "progress.json", len(settings))
     parts = []
