@@ -22,7 +22,7 @@ WANTED := $(EXTRAS) $(VERSION) $(CURDIR)
 # Results to take the gallery's numbers from; without it the committed ones are drawn.
 RESULTS ?=
 
-.PHONY: help venv study test slow fidelity figures notebooks bench-rules lint types format clean force
+.PHONY: help venv study test slow fidelity figures notebooks bench bench-rules lint types format clean force
 
 help: ## list these targets
 	@echo "Usage:"
@@ -53,6 +53,9 @@ figures: $(STAMP) ## draw the gallery from its stored numbers (RESULTS=results t
 
 notebooks: $(STAMP) ## write notebooks/*.ipynb from their *.py
 	@for f in notebooks/*.py; do $(BIN)/python -m jupytext --quiet --to ipynb --update "$$f" || exit 1; done
+
+bench: $(STAMP) ## time of one gradient over that of its matrix products (ARGS="--widths 128")
+	@$(BIN)/python benchmarks/w1.py $(ARGS)
 
 bench-rules: $(STAMP) ## time and memory of each rule's gradient over BPTT's (ARGS="--all")
 	@$(BIN)/python benchmarks/rules.py $(ARGS)
