@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import flax.linen as nn
@@ -206,9 +207,13 @@ def test_a_loss_on_a_filtered_output_reaches_the_layers_below_through_the_filter
             value = value + (weights[t] * sample.loss.function(total, sample.batch.targets)).sum()
         return value
 
-    found, plain = gradients(sample, corner, BPTT())
-    close(found, jax.grad(leaky)(sample.params))
-    assert differ(found, plain)
+    # Beside a rule with the same signal and prediction but another filter, which must not share its errors.
+    beside = LocalRule(corner.trace, corner.signal, prediction=corner.prediction)
+    alike = dataclasses.replace(beside, output=LocalRule(corner.trace, memory=corner.output.memory))
+    other, found, again, plain = gradients(sample, beside, corner, alike, BPTT())
+    for gradient in (found, again):
+        close(gradient, jax.grad(leaky)(sample.params))
+    assert differ(found, plain) and differ(found, other)
     assert sum(attribute(FrontOTPE(), *sample).share("layer_0").values()) == pytest.approx(1.0)
 
 

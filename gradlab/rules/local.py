@@ -177,7 +177,9 @@ class LocalRule(ComposedRule):
             (part.signal.slope, part.memory if part.signal.slope == "leaky_mean" else None) for part in (self, last)
         ]
         private = position if self.signal.has_state or self.gate.stochastic else None
-        return (self.signal, *slopes, self.gate, self.prediction, private)
+        # An error that goes through time is handed down through the filter of the last layer, too.
+        filtered = self.output.memory if self.signal.through is not None and self.output is not None else None
+        return (self.signal, *slopes, self.gate, self.prediction, filtered, private)
 
     def own_filter(self, net: Network, params: Params, layer: int) -> Subthreshold | None:
         """The layer's own sub-threshold constants, where the trace uses them."""
