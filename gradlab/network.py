@@ -152,6 +152,14 @@ class Network:
         own = params[f"layer_{layer}"].get("neuron", {})
         return neuron.apply({"params": own}, carry, current)
 
+    def point(self, params: Params, layer: int, carry: Any, current: Array) -> tuple[Array, ...]:
+        """The layer's operating point in fewer arrays than (carry, current), or (); `Neuron.point`."""
+        neuron = self.neurons[layer]
+        # The gradient of trained constants needs the state and the current themselves.
+        if not isinstance(neuron, Neuron) or "neuron" in params[f"layer_{layer}"] or not _has_own_point(type(neuron)):
+            return ()
+        return neuron.point(carry, current)
+
     def step(
         self, params: Params, state: NetworkState, x: Array
     ) -> tuple[NetworkState, tuple[Array, ...], tuple[Array, ...]]:
@@ -272,6 +280,13 @@ _jitted_fresh = jax.jit(fresh, static_argnums=0)
 
 
 _jitted_outputs = jax.jit(Network._outputs_of_step, static_argnums=0)
+
+
+def _has_own_point(neuron: type[Neuron]) -> bool:
+    """False when a class changed the step that it inherited, but not the operating point, which is another's then."""
+    order = neuron.__mro__
+    step, point = (next(k for k, cls in enumerate(order) if name in vars(cls)) for name in ("__call__", "point"))
+    return point <= step
 
 
 def _sum(arrays: Sequence[Array]) -> Array:

@@ -8,7 +8,8 @@ backward sweep of every adjoint rule has the same shape in reverse. The user nev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,16 @@ from gradlab.network import INPUT, Network, NetworkState, Params
 
 
 class LayerRecord(NamedTuple):
-    """What one layer did, time-major: state h_{t-1} before the step, current I_t, output s_t."""
+    """What one layer did, time-major: state h_{t-1} before the step, current I_t, output s_t.
+
+    `point` is the neuron's operating point in fewer arrays (`Neuron.point`), () where it has none. Whatever of the four
+    nothing reads is not kept: the compiler removes it, and with it most of the tape's memory.
+    """
 
     state: Any
     current: Array
     output: Array
+    point: tuple[Array, ...] = ()
 
 
 def blocks(net: Network) -> tuple[tuple[int, ...], ...]:
@@ -47,16 +53,28 @@ def is_cyclic(net: Network, block: tuple[int, ...]) -> bool:
     return any(link.delay for layer in block for link in net.links_into(layer))
 
 
-def chunk_size(n_steps: int) -> int:
-    """Steps per chunk: all of 50 or fewer; of more, the largest divisor from 10 to 25 that gives three chunks or more.
+def chunk_size(n_steps: int, step_bytes: int) -> int:
+    """Steps per chunk, of a sequence whose widest layer has `step_bytes` per time step and batch.
 
-    Without such a divisor about 20, with a shorter last chunk.
+    At most what fits the processor's cache, from 5 to 25 steps on a CPU (on a GPU as many as fit 64 MiB: there it is
+    the number of kernels that costs). All steps when they are at most twice as many; else the largest divisor, down to
+    two fifths, that gives three chunks or more; without such a divisor four fifths, with a shorter last chunk.
     Never two chunks: XLA's CPU compiler treats a loop of two rounds in a way that made it 2.5 times slower (measured).
     """
-    if n_steps <= 50:
+    if jax.default_backend() == "cpu":
+        most = min(25, max(5, 2**20 // step_bytes))
+    else:
+        most = max(5, 2**26 // step_bytes)
+    if n_steps <= 2 * most:
         return max(n_steps, 1)
-    sizes = (size for size in range(25, 9, -1) if n_steps % size == 0 and n_steps // size >= 3)
-    return next(sizes, min(20, n_steps // 3))
+    sizes = (size for size in range(most, 2 * most // 5 - 1, -1) if n_steps % size == 0 and n_steps // size >= 3)
+    return next(sizes, min(4 * most // 5, n_steps // 3))
+
+
+def chunk_of(layers: Sequence[LayerRecord]) -> int:
+    """`chunk_size` for a sequence that was recorded."""
+    outputs = [layer.output for layer in layers]
+    return chunk_size(len(outputs[0]), max(math.prod(s.shape[1:]) * s.dtype.itemsize for s in outputs))
 
 
 def scan_chunks(
@@ -90,7 +108,9 @@ def run(
     def chunk(carry: NetworkState, x: Array) -> tuple[NetworkState, tuple[LayerRecord, ...]]:
         return _run_chunk(net, params, carry, x)
 
-    return scan_chunks(chunk, state, inputs, chunk_size(inputs.shape[0]))
+    units = net.unit_shapes(params, inputs)
+    widest = max(math.prod(shape) for shape in units) * inputs.shape[1] * inputs.dtype.itemsize
+    return scan_chunks(chunk, state, inputs, chunk_size(inputs.shape[0], widest))
 
 
 def outputs(net: Network, params: Params, inputs: Array) -> Array:
@@ -120,10 +140,10 @@ def _run_layer(net, params, block, states, last, produced):
 
     def step(h, i):
         following, s = net.neuron_step(params, layer, h, i)
-        return following, (h, s)
+        return following, (h, s, net.point(params, layer, h, i))
 
-    end, (before, s) = jax.lax.scan(step, states[layer], current)
-    return [(layer, end, LayerRecord(before, current, s))]
+    end, (before, s, point) = jax.lax.scan(step, states[layer], current)
+    return [(layer, end, LayerRecord(before, current, s, point))]
 
 
 def _run_cycle(net, params, block, states, last, produced):
@@ -142,7 +162,8 @@ def _run_cycle(net, params, block, states, last, produced):
                 terms.append(net.current(params, link, source, lead=1))
             current = sum(terms[1:], terms[0])
             after[layer], now[layer] = net.neuron_step(params, layer, before[layer], current)
-            records[layer] = LayerRecord(before[layer], current, now[layer])
+            point = net.point(params, layer, before[layer], current)
+            records[layer] = LayerRecord(before[layer], current, now[layer], point)
         # Only outputs that a delayed link reads are carried.
         return (after, {layer: now[layer] for layer in previous}), records
 

@@ -142,6 +142,22 @@ class Jacobians(NamedTuple):
     D: Array
 
 
+def operating_point(net: Network, layer: int, record: LayerRecord) -> tuple[Any, Array]:
+    """(state, current) at which the layer's neuron steps as it did on the record, from as little of it as will do."""
+    return net.neurons[layer].at_point(record.point) if record.point else (record.state, record.current)
+
+
+def replayed(net: Network, params: Params, slices: Slices) -> Slices:
+    """The same slices with the outputs taken anew from the operating points, so that the tape need not keep them."""
+    layers = list(slices.layers)
+    for layer, record in enumerate(layers):
+        if record.point:
+            layers[layer] = record._replace(
+                output=net.neuron_step(params, layer, *operating_point(net, layer, record))[1]
+            )
+    return slices._replace(layers=tuple(layers))
+
+
 def jacobians(net: Network, params: Params, layer: int, record: LayerRecord, cut: str = "nothing") -> Jacobians:
     """Linearise a layer's neuron at a record with any leading axes, by k+1 jvps of its own step.
 
@@ -152,9 +168,10 @@ def jacobians(net: Network, params: Params, layer: int, record: LayerRecord, cut
     def step(state: Any, current: Array) -> tuple[Any, Array]:
         return net.neuron_step(params, layer, state, current, cut)
 
-    _, push = jax.linearize(step, record.state, record.current)
-    k = len(record.state)
-    ones, zeros = jnp.ones_like(record.current), jnp.zeros_like(record.current)
+    state, current = operating_point(net, layer, record)
+    _, push = jax.linearize(step, state, current)
+    k = len(state)
+    ones, zeros = jnp.ones_like(current), jnp.zeros_like(current)
     columns = [push(tuple(ones if i == j else zeros for i in range(k)), zeros) for j in range(k)]
     B, D = push(tuple(zeros for _ in range(k)), ones)
     A = tuple(tuple(columns[j][0][i] for j in range(k)) for i in range(k))

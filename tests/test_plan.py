@@ -76,9 +76,11 @@ def test_the_carry_holds_the_delayed_outputs_and_nothing_more():
 
 def test_chunk_sizes():
     steps = (1, 7, 50, 51, 53, 60, 75, 100, 107, 130)
-    assert [plan.chunk_size(n) for n in steps] == [1, 7, 50, 17, 17, 20, 25, 25, 20, 13]
+    assert [plan.chunk_size(n, 2**15) for n in steps] == [1, 7, 50, 17, 17, 20, 25, 25, 20, 13]
+    # Wide layers take fewer steps, so that a chunk stays in the cache.
+    assert [plan.chunk_size(500, 2**power) for power in (10, 15, 16, 17, 18, 20)] == [25, 25, 10, 5, 5, 5]
     for n in range(1, 400):
-        size = plan.chunk_size(n)
+        size = plan.chunk_size(n, 2**15)
         assert size == n if n <= 50 else 10 <= size <= 25 and n // size >= 3
         assert size == n or n % size == 0 or not any(n % k == 0 and n // k >= 3 for k in range(10, 26))
 

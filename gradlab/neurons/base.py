@@ -71,6 +71,17 @@ class Neuron(nn.RNNCellBase):
         """The constants of the neuron below threshold, or None when it has no such linear regime."""
         return None
 
+    def point(self, carry: Any, inputs: Array) -> tuple[Array, ...]:
+        """What a step with fixed constants depends on, in fewer arrays than (carry, inputs); () when there are none.
+
+        A LIF's step depends on v = beta u + I alone, so that a recording of v is enough to linearise it again.
+        """
+        return ()
+
+    def at_point(self, point: tuple[Array, ...]) -> tuple[Any, Array]:
+        """A (carry, inputs) at which the step, and its derivatives, are those of the `point`."""
+        raise NotImplementedError(f"{type(self).__name__} has point() but no at_point()")
+
     def cut(self, path: str) -> Neuron:
         """The same neuron with a path of its Jacobian stopped, forward values unchanged.
 

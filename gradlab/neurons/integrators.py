@@ -69,6 +69,12 @@ class LIF(Neuron):
         one = jnp.ones((), dtype)
         return Subthreshold(A=((self.value("beta", dtype, params),),), B=(one,), c=(one,))
 
+    def point(self, carry: tuple[Array], inputs: Array) -> tuple[Array, ...]:
+        return (self.value("beta", inputs.dtype, {}) * carry[0] + inputs,)
+
+    def at_point(self, point: tuple[Array, ...]) -> tuple[Any, Array]:
+        return (jnp.zeros_like(point[0]),), point[0]
+
 
 class IF(Neuron):
     """Integrate-and-fire neuron: `LIF` without a leak.
@@ -103,6 +109,12 @@ class IF(Neuron):
     def subthreshold(self, params: dict[str, Any], dtype: Any) -> Subthreshold:
         one = jnp.ones((), dtype)
         return Subthreshold(A=((one,),), B=(one,), c=(one,))
+
+    def point(self, carry: tuple[Array], inputs: Array) -> tuple[Array, ...]:
+        return (carry[0] + inputs,)
+
+    def at_point(self, point: tuple[Array, ...]) -> tuple[Any, Array]:
+        return (jnp.zeros_like(point[0]),), point[0]
 
 
 class LI(Neuron):

@@ -60,6 +60,14 @@ class CurrentLIF(Neuron):
         one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
         return Subthreshold(A=((beta, alpha), (zero, alpha)), B=(one, one), c=(one, zero))
 
+    def point(self, carry: tuple[Array, Array], inputs: Array) -> tuple[Array, ...]:
+        u, i = carry
+        return u, self.value("alpha", inputs.dtype, {}) * i + inputs
+
+    def at_point(self, point: tuple[Array, ...]) -> tuple[Any, Array]:
+        u, i = point
+        return (u, jnp.zeros_like(i)), i
+
 
 class ALIF(Neuron):
     """Leaky integrate-and-fire neuron with an adaptive threshold; the carry is (membrane, adaptation).
@@ -118,3 +126,11 @@ class ALIF(Neuron):
     def cut(self, path: str) -> Neuron:
         cut = super().cut(path)
         return cut.clone(detach_adaptation=True) if path in ("adaptation", "spike") else cut
+
+    def point(self, carry: tuple[Array, Array], inputs: Array) -> tuple[Array, ...]:
+        u, a = carry
+        return self.value("beta", inputs.dtype, {}) * u + inputs, a
+
+    def at_point(self, point: tuple[Array, ...]) -> tuple[Any, Array]:
+        v, a = point
+        return (jnp.zeros_like(v), a), v

@@ -27,7 +27,7 @@ from gradlab.rules.layers import LayerCarry
 from gradlab.rules.products import parameter_gradients
 from gradlab.rules.running import Job, running
 from gradlab.rules.signals import Sweep, Term
-from gradlab.tape import Slices, Tape, jacobians
+from gradlab.tape import Slices, Tape, jacobians, replayed
 
 __all__ = ["Learner", "gradients", "layer_terms", "readout_error", "total"]
 
@@ -77,7 +77,7 @@ def gradients(
         tuple(layers.at_rest(net, params, k, tape.slices, job) for job in jobs) for k, jobs in enumerate(shared.jobs)
     )
     zero = [] if by_step else [jax.tree.map(jnp.zeros_like, params) for _ in learners]
-    size = 1 if by_step else plan.chunk_size(tape.n_steps)
+    size = 1 if by_step else plan.chunk_of(tape.slices.layers)
     rows = (tape.slices, views, forwards)
     (grads, _), steps = plan.scan_chunks(chunk, (zero, start), rows, size, reverse=True)
     return steps if by_step else grads
@@ -136,6 +136,7 @@ def _chunk(
     views: dict[int, Any],
     forwards: Any,
 ) -> tuple[list[Params], Any]:
+    slices = replayed(net, params, slices)
     grads: list[Any] = [jax.tree.map(jnp.zeros_like, params) for _ in learners]
     after = list(carries)
     sweeps = {way: _sweep(net, params, loss, slices, view) for way, view in views.items()}

@@ -18,7 +18,7 @@ from gradlab.plan import LayerRecord
 from gradlab.rules.base import Estimate, Rule
 from gradlab.rules.products import add_neuron, add_weights
 from gradlab.rules.traces import JacobianTrace, Unit
-from gradlab.tape import Slices, Tape, jacobians
+from gradlab.tape import Slices, Tape, jacobians, replayed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def sweep(
     pending = {layer: s for layer, s in enumerate(cotangent.outputs) if s is not None}
     zero = () if by_step else jax.tree.map(jnp.zeros_like, params)
     start = (zero, (tuple(cotangent.states), pending))
-    size = 1 if by_step else plan.chunk_size(n_steps)
+    size = 1 if by_step else plan.chunk_of(slices.layers)
     (grads, (states, pending)), steps = plan.scan_chunks(chunk, start, (slices, keep), size, reverse=True)
     before = NetworkState(states, tuple(pending.get(layer) for layer in range(len(net.neurons))))
     return (steps if by_step else grads), before
@@ -178,6 +178,7 @@ def sweep(
 
 def _chunk(net: Network, params: Params, held: Any, slices: Slices, keep: Array) -> tuple[Params, Any]:
     """One chunk backwards; held is (p per layer, error on the last output of the chunk before, per delayed source)."""
+    slices = replayed(net, params, slices)
     grads = jax.tree.map(jnp.zeros_like, params)
     p, pending = list(held[0]), dict(held[1])
     deltas: dict[int, Array] = {}
