@@ -184,9 +184,7 @@ def shapes_of(net: Network, params: Params, batch: Batch, loss: Loss) -> Shapes:
     # A compiled function's trace is kept, so that asking again costs nothing.
     recorder = partial(_jitted_record, net, loss) if is_hashable(net, loss) else partial(_record, net, loss)
     tape = jax.eval_shape(recorder, params, batch)
-    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tape.slices)
-    abstract = jax.eval_shape(lambda p: p, params)
-    return Shapes(batch.inputs.shape[0], abstract, first)
+    return Shapes.of(params, tape)
 
 
 def _record(net: Network, loss: Loss, params: Params, batch: Batch) -> Tape:

@@ -81,28 +81,49 @@ def scan_chunks(
     function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, size: int, reverse: bool = False
 ) -> tuple[Any, Any]:
     """`lax.scan` over chunks of `size` steps: function(carry, chunk of xs) -> (carry, ys of the chunk)."""
+    carry, ys, _ = scan_chunks_marked(function, carry, xs, size, reverse)
+    return carry, ys
+
+
+def scan_chunks_marked(
+    function: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, size: int, reverse: bool = False
+) -> tuple[Any, Any, Any]:
+    """`scan_chunks`, and the carry with which each chunk began, [chunks, ...] in the order of time."""
     n_steps = jax.tree.leaves(xs)[0].shape[0]
+    if n_steps == size:
+        return *function(carry, xs), jax.tree.map(lambda leaf: leaf[None], carry)
     whole = n_steps // size * size
     tail = jax.tree.map(lambda x: x[whole:], xs)
     has_tail = whole < n_steps
-    if n_steps == size:
-        return function(carry, xs)
     head = jax.tree.map(lambda x: x[:whole].reshape(whole // size, size, *x.shape[1:]), xs)
+
+    def marked(carry: Any, chunk: Any) -> tuple[Any, Any]:
+        after, ys = function(carry, chunk)
+        return after, (ys, carry)
+
     if has_tail and reverse:
-        carry, tail_ys = function(carry, tail)
-    carry, ys = jax.lax.scan(function, carry, head, reverse=reverse)
+        carry, (tail_ys, tail_start) = marked(carry, tail)
+    carry, (ys, starts) = jax.lax.scan(marked, carry, head, reverse=reverse)
     ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
     if has_tail and not reverse:
-        carry, tail_ys = function(carry, tail)
+        carry, (tail_ys, tail_start) = marked(carry, tail)
     if has_tail:
         ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ys, tail_ys)
-    return carry, ys
+        starts = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), starts, tail_start)
+    return carry, ys, starts
 
 
 def run(
     net: Network, params: Params, inputs: Array, state: NetworkState | None = None
 ) -> tuple[NetworkState, tuple[LayerRecord, ...]]:
     """Run the network on inputs [time, batch, features...]; the last state and every layer's record over all steps."""
+    return run_marked(net, params, inputs, state)[:2]
+
+
+def run_marked(
+    net: Network, params: Params, inputs: Array, state: NetworkState | None = None
+) -> tuple[NetworkState, tuple[LayerRecord, ...], NetworkState]:
+    """`run`, and the state before each chunk, [chunks, ...]."""
     state = net.initial_state(params, inputs) if state is None else state
 
     def chunk(carry: NetworkState, x: Array) -> tuple[NetworkState, tuple[LayerRecord, ...]]:
@@ -110,7 +131,7 @@ def run(
 
     units = net.unit_shapes(params, inputs)
     widest = max(math.prod(shape) for shape in units) * inputs.shape[1] * inputs.dtype.itemsize
-    return scan_chunks(chunk, state, inputs, chunk_size(inputs.shape[0], widest))
+    return scan_chunks_marked(chunk, state, inputs, chunk_size(inputs.shape[0], widest))
 
 
 def outputs(net: Network, params: Params, inputs: Array) -> Array:

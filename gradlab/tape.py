@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,7 +60,11 @@ class Part(NamedTuple):
     continues: Array
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["slices", "batch", "end", "part"], meta_fields=["loss"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["slices", "batch", "end", "chunk_starts", "part"],
+    meta_fields=["loss"],
+)
 @dataclasses.dataclass(frozen=True)
 class Tape:
     """One forward pass of a network on a batch. Rules read it and never run the network again.
@@ -69,6 +74,7 @@ class Tape:
         batch: the batch it was recorded on.
         loss: the loss whose gradient is asked for.
         end: the state after the last step.
+        chunk_starts: the state before each chunk of steps of the execution plan, [chunks, ...].
         part: None when the tape holds a whole sequence from rest, else where its window lies in the sequence.
     """
 
@@ -76,6 +82,7 @@ class Tape:
     batch: Batch
     loss: Loss
     end: NetworkState
+    chunk_starts: NetworkState
     part: Part | None = None
 
     @property
@@ -111,22 +118,26 @@ class Tape:
 def record(net: Network, params: Params, batch: Batch, loss: Loss, part: Part | None = None) -> Tape:
     """Run the network once and record it, from rest or, for a window of a longer sequence, from `part.start`."""
     start = net.initial_state(params, batch.inputs) if part is None else part.start
-    end, layers = plan.run(net, params, batch.inputs, start)
+    end, layers, chunk_starts = plan.run_marked(net, params, batch.inputs, start)
     output = layers[-1].output
     n_steps, size = output.shape[:2]
-    delayed = tuple(
-        None if first is None else jnp.concatenate([first[None], layer.output[:-1]])
-        for first, layer in zip(start.outputs, layers, strict=True)
-    )
     slices = Slices(
         inputs=batch.inputs,
         layers=layers,
-        delayed=delayed,
+        delayed=delayed_outputs(start, layers),
         error=loss.errors(output, batch),
         target=loss.step_targets(batch.targets, n_steps),
         weight=loss.weights(batch.mask, n_steps, size, output.dtype),
     )
-    return Tape(slices, batch, loss, end, part)
+    return Tape(slices, batch, loss, end, chunk_starts, part)
+
+
+def delayed_outputs(start: NetworkState, layers: Sequence[LayerRecord]) -> tuple[Array | None, ...]:
+    """Per layer s_{t-1}, [time, batch, ...], where a delayed link reads it, else None; `start` holds the first."""
+    return tuple(
+        None if first is None else jnp.concatenate([first[None], layer.output[:-1]])
+        for first, layer in zip(start.outputs, layers, strict=True)
+    )
 
 
 class Jacobians(NamedTuple):

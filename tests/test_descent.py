@@ -16,7 +16,7 @@ from gradlab.analysis.descent import best_steps, descent_ratios
 from gradlab.analysis.rays import ratio
 from gradlab.report import plots_descent
 from gradlab.rules import BPTT, OSTL, OTTT, SLTT, Estimate, Rule
-from gradlab.rules.bptt import backward
+from gradlab.rules.sweep import backward
 from gradlab.testing.networks import SmoothSpike, case, feed_forward, lif
 
 KEY = jax.random.key(0)

@@ -14,7 +14,7 @@ from gradlab.analysis import noise
 from gradlab.analysis.noise import estimator_noise
 from gradlab.report import plots_noise
 from gradlab.rules import BPTT, OTTT, SLTT, UORO, Estimate, Rule
-from gradlab.rules.bptt import backward
+from gradlab.rules.sweep import backward
 from gradlab.testing.networks import case, feed_forward
 
 KEY = jax.random.key(3)

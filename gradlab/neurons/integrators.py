@@ -157,6 +157,12 @@ class LI(Neuron):
         one = jnp.ones((), dtype)
         return Subthreshold(A=((self.value("beta", dtype, params),),), B=(one,), c=(one,))
 
+    def point(self, carry: tuple[Array], inputs: Array) -> tuple[Array, ...]:
+        return (self.value("beta", inputs.dtype, {}) * carry[0] + inputs,)
+
+    def at_point(self, point: tuple[Array, ...]) -> tuple[Any, Array]:
+        return (jnp.zeros_like(point[0]),), point[0]
+
 
 class LeakyRate(Neuron):
     """Leaky rate unit: no spike, no reset.

@@ -34,6 +34,12 @@ class Shapes(NamedTuple):
     slices: Slices
     """One step of the tape, [batch, ...]: shapes and dtypes only."""
 
+    @classmethod
+    def of(cls, params: Params, tape: Tape) -> Shapes:
+        """The shapes of a tape, or of one that `jax.eval_shape` gave."""
+        first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), tape.slices)
+        return cls(tape.n_steps, jax.eval_shape(lambda p: p, params), first)
+
     @property
     def batch_size(self) -> int:
         return self.slices.inputs.shape[0]

@@ -15,7 +15,8 @@ from gradlab import plan
 from gradlab.losses import Loss
 from gradlab.network import Network, NetworkState, Params
 from gradlab.rules.base import Estimate, Rule, Shapes
-from gradlab.rules.bptt import require_steps, sweep
+from gradlab.rules.bptt import require_steps
+from gradlab.rules.sweep import sweep
 from gradlab.tape import Slices, Tape
 
 
