@@ -8,6 +8,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from gradlab.factories import Optimizer
-from gradlab.modules import describe
+from gradlab.modules import describe, is_hashable
 
 if TYPE_CHECKING:
     from gradlab.losses import Batch
@@ -133,7 +134,6 @@ def _updates(plan: Plan, carry: Any, total: int) -> Any:
     What the first 500 updates show is seen; later in longer runs, what a schedule does at 500 evenly spaced updates.
     """
     params, optimizer = (jax.tree.map(lambda leaf: leaf[0], carry[name]) for name in ("params", "optimizer"))
-    transformation = plan.transformation()
     leaves, structure = jax.tree.flatten(params)
     random = np.random.default_rng(0)
     gradient = jax.tree.unflatten(structure, [jnp.asarray(random.normal(size=p.shape), p.dtype) for p in leaves])
@@ -141,15 +141,28 @@ def _updates(plan: Plan, carry: Any, total: int) -> Any:
     if total > _UPDATES:
         counts = np.append(counts, np.linspace(0, min(total, 2**31) - 1, _UPDATES).round().astype(np.int32))
 
+    # Sizes of 1e-3 to 1e3, so that the threshold of a clipping is seen.
+    sizes = 10.0 ** (np.arange(len(counts)) % 7 - 3)
+    # A function of the user's may change between two runs; a program compiled for it would not see that.
+    lasting = isinstance(plan.optimizer, Optimizer) and is_hashable(plan)
+    sums = partial(_jitted_sums, plan) if lasting else jax.jit(partial(_sums, plan))
+    return sums(optimizer, params, gradient, counts, sizes)
+
+
+def _sums(plan: Plan, state: Any, params: Any, gradient: Any, counts: Array, sizes: Array) -> Any:
+    """Per step and parameter array the sum of the optimizer's update."""
+    transformation = plan.transformation()
+
     def one(state: Any, now: tuple[Array, Array]) -> tuple[Any, Any]:
         count, size = now
         scaled = jax.tree.map(lambda leaf: leaf * size.astype(leaf.dtype), gradient)
         updates, state = transformation.update(scaled, _advanced(state, count), params)
         return state, jax.tree.map(jnp.sum, updates)
 
-    # Sizes of 1e-3 to 1e3, so that the threshold of a clipping is seen.
-    sizes = 10.0 ** (np.arange(len(counts)) % 7 - 3)
-    return jax.jit(lambda state: jax.lax.scan(one, state, (jnp.asarray(counts), jnp.asarray(sizes)))[1])(optimizer)
+    return jax.lax.scan(one, state, (counts, sizes))[1]
+
+
+_jitted_sums = jax.jit(_sums, static_argnums=0)
 
 
 def _advanced(tree: Any, count: Any) -> Any:
