@@ -168,16 +168,20 @@ class JacobianTrace(Trace):
             raise ValueError(f'JacobianTrace(own={self.own!r}): choose "none", "diagonal" or "full"')
 
     def inside(self, has_memory: bool) -> bool:
-        return True
+        return has_memory or self.own != "none"
 
     def zeros(self, own: Subthreshold | None, k: int, like: Any) -> Any:
         return tuple(jax.tree.map(jnp.zeros_like, like) for _ in range(k))
 
     def forward(self, unit: Unit, h: Any, direct: Any, scale: Scale, inside: bool) -> tuple[Any, Terms]:
         jac = unit.jac
-        e = _combine(scale, jac.C, h, scale(jac.D, direct))
+        # Outside, e is never formed: its parts meet the signal one by one, which saves an array per synapse and step.
+        terms = (_combine(scale, jac.C, h, scale(jac.D, direct)),) if inside else (*h, direct)
         rows = zip(jac.A, jac.B, strict=True)
-        return tuple(_combine(scale, row, h, scale(b, direct)) for row, b in rows), (e,)
+        return tuple(_combine(scale, row, h, scale(b, direct)) for row, b in rows), terms
+
+    def outside(self, unit: Unit) -> tuple[Array, ...]:
+        return (*unit.jac.C, unit.jac.D)
 
     def transpose(self, unit: Unit, p: Any, signal: Array) -> tuple[Any, Array, Any]:
         jac, delta = unit.jac, unit.jac.D * signal
