@@ -9,7 +9,7 @@ from helpers import network_loop
 from landscape_parts import flat, tree, wavy
 
 import gradlab as gl
-from gradlab.analysis import objective
+from gradlab.analysis import linear_currents, objective
 from gradlab.analysis.landscape import (
     Landscape,
     landscape,
@@ -62,17 +62,18 @@ def test_surface_of_a_spiking_network_equals_a_numpy_simulation():
 def test_one_program_serves_all_batches_of_a_network(monkeypatch):
     net, params, batch, loss = case(n_steps=4)
     traces = []
-    run = objective.plan.run
-    monkeypatch.setattr(objective.plan, "run", lambda *given: traces.append(1) or run(*given))
+    scalar = linear_currents.scalar
+    monkeypatch.setattr(linear_currents, "scalar", lambda loss: traces.append(1) or scalar(loss))
     plane = random_plane(params, jax.random.key(2))
     axis = np.array([0.0, 0.5])
     first = surface(loss_function(net, batch, loss), plane, axis, axis).loss
-    assert len(traces) == 1  # not once per point
+    once = len(traces)
+    assert once == 1  # not once per point
     other = gl.Batch(1.0 - batch.inputs, batch.targets)
     second = surface(loss_function(net, other, loss), plane, axis, axis).loss
-    assert len(traces) == 1 and not np.allclose(first, second)
+    assert len(traces) == once and not np.allclose(first, second)
     surface(loss_function(net, batch, gl.PerStep(loss.function, time="sum")), plane, axis, axis)
-    assert len(traces) == 2  # negative control: another loss is another program
+    assert len(traces) > once  # negative control: another loss is another program
     with pytest.raises(ValueError, match="parameter layer_0/connection/kernel has shape"):
         loss_function(net, gl.Batch(batch.inputs[..., :2], batch.targets), loss)(params)
     with pytest.raises(TypeError, match=r"gl\.Batch"):

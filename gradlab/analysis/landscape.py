@@ -16,20 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gradlab.analysis.objective import LossOfParams, compiled, loss_function, losses_along, points_at_once, scalar
+from gradlab.analysis.linear_currents import losses_at
+from gradlab.analysis.objective import LossOfParams, loss_function, losses_along
 from gradlab.analysis.plane import (
     Plane,
     Projection,
     directed_plane,
     interpolation_plane,
-    moved,
     pca_plane,
     random_plane,
-)  # fmt: skip
+)
 from gradlab.analysis.stored import read_arrays, write_arrays
 from gradlab.analysis.trees import Params, leading_axes
 
@@ -183,28 +181,18 @@ def surface(
             makes one.
         plane: the plane.
         a, b: coordinates along the two directions, one axis each.
-        batch_size: how many points are evaluated at once (by vmap). None: one after the other on a CPU, where that
-            is the faster choice and needs the least memory; on an accelerator as many as fit well into its memory.
+        batch_size: how many points are evaluated at once (by vmap). None: as many as fit the processor's cache, or on
+            an accelerator its memory. Memory does not grow with the number of points.
+            The first layer's currents are computed once for all points where that is exact
+            (`gradlab.analysis.linear_currents`); other functions are evaluated point by point on a CPU.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.ndim != 1 or b.ndim != 1 or not a.size or not b.size:
         raise ValueError(f"a and b must be vectors with at least one entry; their shapes are {a.shape} and {b.shape}")
     grid_b, grid_a = np.meshgrid(b, a, indexing="ij")
-    points = jnp.asarray(np.stack([grid_a.ravel(), grid_b.ravel()], axis=1))
-    size = points_at_once(loss_of_params, plane.origin, len(points), batch_size)
-    evaluate = compiled(_on_plane, loss_of_params, batch_size=size)
-    loss = np.asarray(evaluate(plane.origin, plane.x, plane.y, points), dtype=np.float64)
+    points = np.stack([grid_a.ravel(), grid_b.ravel()], axis=1)
+    loss = losses_at(loss_of_params, plane.origin, (plane.x, plane.y), points, batch_size)
     return Landscape(a, b, loss.reshape(len(b), len(a)), plane.kind, plane.explained, labels=plane.labels)
-
-
-def _on_plane(
-    loss_of_params: LossOfParams, origin: Params, x: Params, y: Params, points: jax.Array, batch_size: int | None
-) -> jax.Array:
-    # The trees are arguments, or the compiler would try to fold them as constants.
-    def at(c: jax.Array) -> jax.Array:
-        return scalar(loss_of_params(moved(origin, x, y, c[0], c[1])))
-
-    return jax.lax.map(at, points, batch_size=batch_size)
 
 
 def landscape(

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gradlab.analysis.directions import IGNORED, Normalization, ignored_paths, normalised, random_direction
-from gradlab.analysis.objective import LossOfParams, compiled, loss_function, points_at_once, scalar
+from gradlab.analysis.linear_currents import losses_at
+from gradlab.analysis.objective import LossOfParams, loss_function
+from gradlab.analysis.plane import moved
 from gradlab.analysis.stored import read_arrays, write_arrays
 from gradlab.analysis.trees import Params, displacements, flat, require_same_shapes, unflat
 
@@ -60,7 +61,7 @@ class StraightLine:
 
     def point(self, a: Any) -> Params:
         """The parameters at `a`, equation (1). Works inside jax.jit."""
-        return _moved(self.origin, self.direction, a)
+        return moved(self.origin, (self.direction,), (a,))
 
 
 def random_line(
@@ -168,25 +169,9 @@ def line_profile(
     for line_name, line in chosen.items():
         for loss_name, function in functions.items():
             name = f"{line_name}, {loss_name}" if all(several) else line_name if several[1] else loss_name
-            size = points_at_once(function, line.origin, len(a), batch_size)
-            evaluate = compiled(_on_line, function, batch_size=size)
-            curves[name] = np.asarray(evaluate(line.origin, line.direction, jnp.asarray(a)), dtype=np.float64)
+            curves[name] = losses_at(function, line.origin, (line.direction,), a[:, None], batch_size)
     labels = {line.label for line in chosen.values()}
     return LineProfile(a, curves, labels.pop() if len(labels) == 1 else LineProfile.label)
-
-
-def _on_line(
-    loss_of_params: LossOfParams, origin: Params, direction: Params, points: jax.Array, batch_size: int | None
-) -> jax.Array:
-    return jax.lax.map(lambda a: scalar(loss_of_params(_moved(origin, direction, a))), points, batch_size=batch_size)
-
-
-def _moved(origin: Params, direction: Params, a: Any) -> Params:
-    def move(o: Any, d: Any) -> jax.Array:
-        o = jnp.asarray(o)
-        return o + jnp.asarray(a, o.dtype) * d
-
-    return jax.tree.map(move, origin, direction)
 
 
 def _flag(value: float) -> str:

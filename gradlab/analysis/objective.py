@@ -80,6 +80,17 @@ def compiled(function: Callable[..., Any], loss_of_params: LossOfParams, **stati
     return jax.jit(partial(function, loss_of_params, **static))
 
 
+def executable(
+    function: Callable[..., Any], loss_of_params: LossOfParams, *arguments: Any, **static: Any
+) -> Callable[..., Any]:
+    """As `compiled`, but compiled now, for arguments of these shapes: other threads can call it and compile nothing."""
+    run: Any = compiled(function, loss_of_params, **static)
+    if not isinstance(run, partial):
+        return run.lower(*arguments).compile()  # type: ignore[no-any-return]
+    jitted: Any = run.func
+    return partial(jitted.lower(*run.args, *arguments, **run.keywords).compile(), *run.args)
+
+
 @cache
 def _kept(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
     return jax.jit(function, static_argnames=names)
@@ -118,17 +129,26 @@ def points_at_once(
     once; on an accelerator as many as fit into a quarter of its free memory, by what the compiler says one point
     takes, 256 at most.
     """
+    require_batch_size(batch_size)
     if batch_size is not None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}: give a whole number above 0, or None")
         return batch_size
     if jax.default_backend() == "cpu":
         return None
     analysis = jax.jit(lambda p: loss_of_params(p)).lower(params).compile().memory_analysis()
     own = sum(int(leaf.nbytes) for leaf in jax.tree.leaves(params))
     each = own + int(getattr(analysis, "temp_size_in_bytes", 0) or 16 * own)
-    fit = int(SHARE_OF_MEMORY * _free_bytes() / each)
-    return max(1, min(points, MOST_AT_ONCE, fit))
+    return max(1, min(points, MOST_AT_ONCE, memory_to_use() // each))
+
+
+def require_batch_size(batch_size: int | None) -> None:
+    """Raise ValueError unless the batch size is None or a whole number above 0."""
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size!r}: give a whole number above 0, or None")
+
+
+def memory_to_use() -> int:
+    """Bytes of the device that points may fill: a share of what is free."""
+    return int(SHARE_OF_MEMORY * _free_bytes())
 
 
 def _free_bytes() -> int:

@@ -85,7 +85,7 @@ class Plane:
 
     def point(self, a: Any, b: Any) -> Params:
         """The parameters at (a, b), equation (1). Works inside jax.jit."""
-        return moved(self.origin, self.x, self.y, a, b)
+        return moved(self.origin, (self.x, self.y), (a, b))
 
     def project(self, params: Params) -> Projection:
         """Least-squares coordinates, equation (2), in float64. `params` may carry leading axes, as a
@@ -239,11 +239,16 @@ def axis_labels(view: Any) -> tuple[str, str]:
     return f"{word} 1 (multiples of it)", f"{word} 2 (multiples of it)"
 
 
-def moved(origin: Params, x: Params, y: Params, a: Any, b: Any) -> Params:
-    """Equation (1)."""
+def moved(origin: Params, directions: Sequence[Params], coordinates: Any) -> Params:
+    """Equation (1) in any number of directions: origin + sum_k coordinates[k] directions[k]."""
+    return jax.tree.map(
+        lambda *leaves: combined([jnp.asarray(leaf) for leaf in leaves], coordinates), origin, *directions
+    )
 
-    def move(o: Any, dx: Any, dy: Any) -> jax.Array:
-        o = jnp.asarray(o)
-        return o + jnp.asarray(a, o.dtype) * dx + jnp.asarray(b, o.dtype) * dy
 
-    return jax.tree_util.tree_map(move, origin, x, y)
+def combined(terms: Sequence[jax.Array], coordinates: Any) -> jax.Array:
+    """terms[0] + sum_k coordinates[k] terms[k + 1], in the dtype of terms[0]."""
+    total, *others = terms
+    for number, term in enumerate(others):
+        total = total + jnp.asarray(coordinates[number], total.dtype) * term
+    return total
