@@ -22,7 +22,10 @@ WANTED := $(EXTRAS) $(VERSION) $(CURDIR)
 # Results to take the gallery's numbers from; without it the committed ones are drawn.
 RESULTS ?=
 
-.PHONY: help venv study test slow fidelity figures notebooks bench bench-rules lint types format clean force
+# What `make bench-peers` installs for PyTorch; plain torch may bring CUDA packages.
+TORCH ?= torch
+
+.PHONY: help venv study test slow fidelity figures notebooks bench bench-rules bench-peers bench-gpu lint types format clean force
 
 help: ## list these targets
 	@echo "Usage:"
@@ -54,11 +57,18 @@ figures: $(STAMP) ## draw the gallery from its stored numbers (RESULTS=results t
 notebooks: $(STAMP) ## write notebooks/*.ipynb from their *.py
 	@for f in notebooks/*.py; do $(BIN)/python -m jupytext --quiet --to ipynb --update "$$f" || exit 1; done
 
-bench: $(STAMP) ## time of one gradient over that of its matrix products (ARGS="--widths 128")
-	@$(BIN)/python benchmarks/w1.py $(ARGS)
+bench: $(STAMP) ## times and memory as ratios to the work's floor (ARGS="w1 w6 --widths 128")
+	@$(BIN)/python benchmarks/suite.py $(ARGS)
 
-bench-rules: $(STAMP) ## time and memory of each rule's gradient over BPTT's (ARGS="--all")
-	@$(BIN)/python benchmarks/rules.py $(ARGS)
+bench-rules: $(STAMP) ## time and memory of each rule's gradient over BPTT's (ARGS="--widths 128")
+	@$(BIN)/python benchmarks/suite.py w2 --all $(ARGS)
+
+bench-peers: $(STAMP) ## the same beside other libraries, in environments under build/peers (TORCH=torch==2.13.0)
+	@$(BIN)/python benchmarks/peers/install.py --torch "$(TORCH)"
+	@$(BIN)/python benchmarks/peers/run.py $(ARGS)
+
+bench-gpu: $(STAMP) ## the same on an NVIDIA card, at most 8 minutes (EXTRAS=test,cuda), into gpu.json
+	@$(BIN)/python benchmarks/gpu.py --json gpu.json $(ARGS)
 
 lint: $(STAMP) ## check style (ruff)
 	@$(BIN)/ruff check

@@ -1,24 +1,16 @@
-"""The reference workload W1: one gradient of three layers of leaky integrate-and-fire neurons, against its floor.
+"""W1, the reference workload: one gradient of three layers of leaky integrate-and-fire neurons, against its floor.
 
-Run `python benchmarks/w1.py --widths 128 256`. Three Dense layers (the last one with 10 units) of width N, 500 steps, a
-batch of 64, softmax cross-entropy, float32: the forward pass and the gradient of all weights. The floor is the time of
-the matrix products alone, `jax.lax.dot` at the same sizes in the same run: forward, backward through all layers but the
-first, and the weights' gradients. All programs are timed once in every round, so that whatever else the machine does
-slows all of them; what is printed is the median over rounds of the ratio to the floor within a round.
+Three Dense layers (the last one with 10 units) of width N, 500 steps, a batch of 64, softmax cross-entropy, float32:
+the forward pass and the gradient of all weights, every layer firing on 3 to 20 % of its steps. The floor is the time of
+the matrix products alone (`common.floor`).
 
 Programs: `tape`, BPTT as gradlab computes it; `autodiff`, `jax.grad` of gradlab's forward pass; `scan`, `jax.grad` of a
-plain scan over time steps, as most libraries do it; `OSTL`, a local rule on the same tape.
+plain scan over time steps, as most libraries do it; `OSTL`, a local rule on the same tape; with `--devices 2`
+also `tape, spread`, the same BPTT on a batch that `gl.shard` spreads over so many devices (on a CPU, parts of it).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -27,21 +19,33 @@ import jax.numpy as jnp
 import optax
 
 import gradlab as gl
+from benchmarks import common
+from benchmarks.common import Options, Row
 from gradlab import rules
 
 LOSS = gl.PerStep(optax.softmax_cross_entropy)
 CLASSES = 10
+WIDTHS = (128, 256, 512, 1024)
 
 
-def case(width: int, steps: int, batch: int) -> tuple[gl.Network, Any, gl.Batch]:
-    """The network, parameters under which every layer fires on 3 to 20 % of steps, and a batch of spike trains."""
-    modules = [m for units in (width, width, CLASSES) for m in (nn.Dense(units), gl.LIF(beta=0.9))]
+def layer_sizes(width: int, outputs: int = CLASSES) -> list[tuple[int, int]]:
+    """(inputs, outputs) of the three layers."""
+    return [(width, width), (width, width), (width, outputs)]
+
+
+def case(width: int, steps: int, batch: int, outputs: int = CLASSES) -> tuple[gl.Network, Any, gl.Batch]:
+    """The network, parameters under which every layer fires on 3 to 20 % of steps, and a batch of spike trains.
+
+    Raises:
+        RuntimeError: no such parameters were found.
+    """
+    modules = [m for _, units in layer_sizes(width, outputs) for m in (nn.Dense(units), gl.LIF(beta=0.9))]
     net = gl.connect(modules)
     inputs = (jax.random.uniform(jax.random.key(0), (steps, batch, width)) < 0.1).astype(jnp.float32)
     params = net.init(jax.random.key(1), inputs)
-    data = gl.Batch(inputs, jax.nn.one_hot(jnp.arange(batch) % CLASSES, CLASSES))
+    data = gl.Batch(inputs, jax.nn.one_hot(jnp.arange(batch) % outputs, outputs))
     for layer in net.layer_names:
-        for _ in range(12):
+        for _ in range(20):
             rate = gl.evaluate(net, params, data, LOSS)["firing_rate"][layer]
             if 0.05 <= rate <= 0.15:
                 break
@@ -51,24 +55,6 @@ def case(width: int, steps: int, batch: int) -> tuple[gl.Network, Any, gl.Batch]
     if not all(0.03 <= rate <= 0.2 for rate in found.values()):
         raise RuntimeError(f"a layer is outside 3 to 20 % of steps: {found}")
     return net, params, data
-
-
-def floor(width: int, rows: int) -> Callable[[], Any]:
-    """The products alone, of all steps and samples at once."""
-    sizes = [(width, width), (width, width), (width, CLASSES)]
-    keys = iter(jax.random.split(jax.random.key(2), 9))
-    inputs = [jax.random.normal(next(keys), (rows, a)) for a, _ in sizes]
-    weights = [jax.random.normal(next(keys), size) for size in sizes]
-    errors = [jax.random.normal(next(keys), (rows, b)) for _, b in sizes]
-
-    @jax.jit
-    def products(inputs: Any, weights: Any, errors: Any) -> Any:
-        forward = [jax.lax.dot(x, w) for x, w in zip(inputs, weights, strict=True)]
-        back = [jax.lax.dot(e, w.T) for e, w in zip(errors[1:], weights[1:], strict=True)]
-        gradients = [jax.lax.dot(x.T, e) for x, e in zip(inputs, errors, strict=True)]
-        return forward, back, gradients
-
-    return lambda: products(inputs, weights, errors)
 
 
 def scan_loss(net: gl.Network, params: Any, batch: gl.Batch) -> Any:
@@ -82,64 +68,46 @@ def scan_loss(net: gl.Network, params: Any, batch: gl.Batch) -> Any:
     return LOSS(outputs, batch)
 
 
-def programs(width: int, steps: int, batch: int) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Every program, compiled, with its arguments."""
-    net, params, data = case(width, steps, batch)
-    key = jax.random.key(3)
+def gradient_of(net: gl.Network, rule: rules.Rule) -> Any:
+    """The compiled function (parameters, batch) -> gradient of one rule."""
+    return jax.jit(lambda p, b: gl.gradients(net, p, b, LOSS, [rule], jax.random.key(3)))
 
-    def rule(chosen: Any) -> Any:
-        return jax.jit(lambda p, b: gl.gradients(net, p, b, LOSS, [chosen], key))
 
-    functions = {
-        "tape": rule(rules.BPTT()),
-        "autodiff": rule(rules.BPTT(form="autodiff")),
-        "OSTL": rule(rules.OSTL()),
+def functions(net: gl.Network) -> dict[str, Any]:
+    """Every program, to be compiled for (parameters, batch)."""
+    return {
+        "tape": gradient_of(net, rules.BPTT()),
+        "autodiff": gradient_of(net, rules.BPTT(form="autodiff")),
+        "OSTL": gradient_of(net, rules.OSTL()),
         "scan": jax.jit(jax.grad(lambda p, b: scan_loss(net, p, b))),
     }
-    return {name: (f.lower(params, data).compile(), (params, data)) for name, f in functions.items()}
 
 
-def measure(width: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Medians over rounds of every program's time over the floor's, and its temporary memory."""
-    found = programs(width, options.steps, options.batch)
-    actions: dict[str, Callable[[], Any]] = {"floor": floor(width, options.steps * options.batch)}
-    actions |= {name: (lambda c=compiled, a=data: c(*a)) for name, (compiled, data) in found.items()}
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for number in range(options.rounds + 2):
-        for name, action in actions.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(action())
-            if number >= 2:  # the first rounds warm the caches
-                times[name].append(time.perf_counter() - begin)
-    row: dict[str, Any] = {"width": width, "floor_ms": 1e3 * statistics.median(times["floor"])}
-    for name, (compiled, _) in found.items():
-        ratios = [own / base for own, base in zip(times[name], times["floor"], strict=True)]
-        analysis = compiled.memory_analysis()
-        megabytes = None if analysis is None else analysis.temp_size_in_bytes / 1e6
-        row[name] = {"ratio": statistics.median(ratios), "temporary_megabytes": megabytes}
-    return row
+def run(options: Options) -> list[Row]:
+    """One row per width and program."""
+    steps, batch = (12, 8) if options.quick else (500, 64)
+    return [row for width in options.widths_or(WIDTHS) for row in measure(width, steps, batch, options)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512])
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    options = parser.parse_args()
-    rows = [measure(width, options) for width in options.widths]
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.machine()}: time over the floor (memory)")
-    for row in rows:
-        cells = [
-            f"{n} {c['ratio']:.2f} ({c['temporary_megabytes'] or 0:.0f} MB)"
-            for n, c in row.items()
-            if isinstance(c, dict)
-        ]
-        print(f"N = {row['width']:5d}  floor {row['floor_ms']:.1f} ms   {'   '.join(cells)}")
-    if options.json:
-        options.json.write_text(json.dumps({"jax": jax.__version__, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def measure(width: int, steps: int, batch: int, options: Options) -> list[Row]:
+    """The rows of one width."""
+    net, params, data = case(width, steps, batch)
+    compiled = {name: f.lower(params, data).compile() for name, f in functions(net).items()}
+    actions = {"floor": common.floor(layer_sizes(width), steps * batch)}
+    actions |= {name: (lambda c=program: c(params, data)) for name, program in compiled.items()}
+    if len(jax.devices()) > 1:
+        spread, function = gl.shard(data), functions(net)["tape"]
+        compiled["tape, spread"] = function.lower(params, spread).compile()
+        actions["tape, spread"] = lambda: function(params, spread)
+    times = common.interleaved(actions, options.rounds_or(15 if width < 1024 else 7))
+    return [
+        {
+            "width": width,
+            "program": name,
+            "over_floor": common.ratio(times, name, "floor"),
+            "ms": common.milliseconds(times[name]),
+            "floor_ms": common.milliseconds(times["floor"]),
+            "temporary_MB": common.temporary_megabytes(program),
+        }
+        for name, program in compiled.items()
+    ]

@@ -12,6 +12,8 @@ from gradlab.factories import Initializer, Optimizer
 from gradlab.losses import Accumulated, Accuracy, Batch, PerStep, spike_count_accuracy
 from gradlab.network import Network, connect
 from gradlab.neurons import ALIF, IF, LI, LIF, CurrentLIF, LeakyRate, Neuron
+from gradlab.sharding import Sharded, shard
+from gradlab.spike_products import SpikeProducts
 from gradlab.surrogates import Arctan, FastSigmoid, MultiGaussian, Sigmoid, Surrogate, Triangular
 from gradlab.tape import Tape, record
 from gradlab.training import Run, train
@@ -59,7 +61,9 @@ __all__ = [
     "Optimizer",
     "PerStep",
     "Run",
+    "Sharded",
     "Sigmoid",
+    "SpikeProducts",
     "Surrogate",
     "Tape",
     "Triangular",
@@ -73,6 +77,7 @@ __all__ = [
     "record",
     "report",
     "rules",
+    "shard",
     "spike_count_accuracy",
     "study",
     "tasks",

@@ -44,6 +44,17 @@ def function_of(link: Link, own: Any) -> Callable[[Any, Array], Array]:
     return lambda p, x: module.apply({"params": p}, x)
 
 
+def apply_to_steps(link: Link, function: Callable[[Array], Array], x: Array, lead: int) -> Array:
+    """Apply a link's function of [batch, features...] to x with `lead` leading axes, which together play the batch.
+
+    A Dense layer takes them as they are: folded into one axis, samples that lie on several devices could not stay
+    there.
+    """
+    if x.ndim == lead + 1 and (link.connection is None or type(link.connection) is nn.Dense):
+        return function(x)
+    return apply_folded(function, x, lead)
+
+
 def apply_folded(function: Callable[[Array], Array], x: Array, lead: int) -> Array:
     """Apply a function of [batch, features...] to x whose `lead` leading axes together play the batch."""
     y = function(x.reshape(-1, *x.shape[lead:]))

@@ -16,7 +16,7 @@ from jax import Array
 from gradlab.modules import (
     INPUT,
     Link,
-    apply_folded,
+    apply_to_steps,
     describe,
     freeze,
     function_of,
@@ -128,7 +128,7 @@ class Network:
 
     def current(self, params: Params, link: Link, x: Array, lead: int) -> Array:
         """The current that a link delivers; the `lead` leading axes of x are folded into one batch axis."""
-        return apply_folded(self._bound(params, link), x, lead)
+        return apply_to_steps(link, self._bound(params, link), x, lead)
 
     def weight_cotangent(self, params: Params, link: Link, x: Array, delta: Array, lead: int) -> Any | None:
         """sum over the leading axes of (d current / d parameters)^T delta; None when the link has no parameters."""
@@ -136,7 +136,7 @@ class Network:
         if own is None:
             return None
         apply = function_of(link, own)
-        return jax.vjp(lambda p: apply_folded(lambda y: apply(p, y), x, lead), own)[1](delta)[0]
+        return jax.vjp(lambda p: apply_to_steps(link, lambda y: apply(p, y), x, lead), own)[1](delta)[0]
 
     def input_cotangent(self, params: Params, link: Link, x: Array, delta: Array, lead: int) -> Array:
         """(d current / d x)^T delta: how an error on the target's current reaches the source's output."""
