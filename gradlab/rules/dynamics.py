@@ -112,6 +112,7 @@ def weight_gradient(net: Network, params: Params, link: Link, traced: tuple[Arra
     """sum_t VJP(connection) at the traced input, whose constant part has its own total weight, at delta_t."""
     a, one = traced
     at_trace = net.weight_cotangent(params, link, a, delta, lead=2)
-    extra = delta * (one - 1.0).reshape(-1, *(1,) * (delta.ndim - 1))
-    of_constants = net.weight_cotangent(params, link, jnp.zeros_like(a), extra, lead=2)
+    # Without input every row has the same derivative: one row with the sum of the errors does for all.
+    extra = jnp.tensordot(one - 1.0, delta.sum(1), 1)[None, None]
+    of_constants = net.weight_cotangent(params, link, jnp.zeros_like(a[:1, :1]), extra, lead=2)
     return jax.tree.map(jnp.add, at_trace, of_constants)
