@@ -72,7 +72,7 @@ def test_the_budget_chooses_the_cheapest_schedule_that_fits(x64):
         20: (19, 4, (100, 25, 7)),
     }
     for limit, (kept, again, segments) in expected.items():
-        found = BPTT(memory=limit * per_step).schedule(net, shapes)
+        found = BPTT(memory=limit * per_step).schedule(shapes)
         assert found == Schedule(kept * per_step, again, segments)
     assert "give more memory" in BPTT(memory=100).supports(net, shapes, LOSS)
     with pytest.raises(ValueError, match="give more memory"):
@@ -128,7 +128,7 @@ for memory in (None, "1MiB", "300KiB"):
     rule = gl.rules.BPTT(memory=memory)
     run = jax.jit(lambda p, b: gl.gradients(net, p, b, loss, [rule], jax.random.key(0)))
     used = run.lower(params, data).compile().memory_analysis().temp_size_in_bytes
-    print(used, rule.schedule(net, shapes_of(net, params, data, loss)).kept_bytes)
+    print(used, rule.schedule(shapes_of(net, params, data, loss)).kept_bytes)
 """
 
 

@@ -53,12 +53,15 @@ class BPTT(Rule):
         if checkpointing.bytes_of("BPTT", self.memory) is not None and self.form == "autodiff":
             raise ValueError('BPTT(form="autodiff", memory=...): only the form "tape" can limit its memory')
 
-    def schedule(self, net: Network, shapes: Shapes) -> Schedule | None:
-        """What is kept of the forward pass, and how often it is run again; None when `memory` is too little."""
-        return checkpointing.schedule(net, shapes, checkpointing.bytes_of("BPTT", self.memory))
+    def schedule(self, shapes: Shapes) -> Schedule | None:
+        """What is kept of the forward pass, and how often it is run again; None when `memory` is too little.
+
+        `gradlab.engine.shapes_of(net, params, batch, loss)` gives the shapes of a run without running it.
+        """
+        return checkpointing.schedule(shapes, checkpointing.bytes_of("BPTT", self.memory))
 
     def supports(self, net: Network, shapes: Shapes, loss: Loss, online: bool = False) -> str | None:
-        if self.memory is None or self.schedule(net, shapes) is not None:
+        if self.memory is None or self.schedule(shapes) is not None:
             return None
         least = checkpointing.least_bytes(shapes)
         return self.refuse(
@@ -76,7 +79,7 @@ class BPTT(Rule):
             return Estimate(jax.grad(loss)(params))
         if self.memory is None:
             return Estimate(backward(net, params, tape))
-        chosen = self.schedule(net, Shapes.of(params, tape))
+        chosen = self.schedule(Shapes.of(params, tape))
         if chosen is None:
             raise ValueError(self.supports(net, Shapes.of(params, tape), tape.loss))
         return Estimate(checkpointing.backward(net, params, tape, chosen))

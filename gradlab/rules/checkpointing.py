@@ -44,7 +44,7 @@ class Schedule:
     segments: tuple[int, ...] = ()
 
 
-def schedule(net: Network, shapes: Shapes, limit: int | None) -> Schedule | None:
+def schedule(shapes: Shapes, limit: int | None) -> Schedule | None:
     """The cheapest schedule whose kept bytes are at most `limit`; None when there is none."""
     return next((found for found in _schedules(shapes) if limit is None or found.kept_bytes <= limit), None)
 
