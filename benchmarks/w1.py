@@ -4,9 +4,10 @@ Three Dense layers (the last one with 10 units) of width N, 500 steps, a batch o
 the forward pass and the gradient of all weights, every layer firing on 3 to 20 % of its steps. The floor is the time of
 the matrix products alone (`common.floor`).
 
-Programs: `tape`, BPTT as gradlab computes it; `autodiff`, `jax.grad` of gradlab's forward pass; `scan`, `jax.grad` of a
-plain scan over time steps, as most libraries do it; `OSTL`, a local rule on the same tape; with `--devices 2`
-also `tape, spread`, the same BPTT on a batch that `gl.shard` spreads over so many devices (on a CPU, parts of it).
+Programs: `tape`, BPTT as gradlab computes it; `tape, sparse`, the same with `SparseProducts`, which adds up the weights
+that spikes select and so may stay below the floor; `autodiff`, `jax.grad` of gradlab's forward pass; `scan`, `jax.grad`
+of a plain scan over time steps, as most libraries do it; `OSTL`, a local rule on the same tape; with `--devices 2` also
+`tape, spread`, the same BPTT on a batch that `gl.shard` spreads over so many devices (on a CPU, parts of it).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import gradlab as gl
 from benchmarks import common
 from benchmarks.common import Options, Row
 from gradlab import rules
+from gradlab.sparse_products import SparseProducts
 
 LOSS = gl.PerStep(optax.softmax_cross_entropy)
 CLASSES = 10
@@ -33,14 +35,19 @@ def layer_sizes(width: int, outputs: int = CLASSES) -> list[tuple[int, int]]:
     return [(width, width), (width, width), (width, outputs)]
 
 
+def network(width: int, outputs: int = CLASSES, **dense: Any) -> gl.Network:
+    """Three layers of leaky integrate-and-fire neurons; `dense` are settings of their Dense connections."""
+    modules = [(nn.Dense(units, **dense), gl.LIF(beta=0.9)) for _, units in layer_sizes(width, outputs)]
+    return gl.connect([module for pair in modules for module in pair])
+
+
 def case(width: int, steps: int, batch: int, outputs: int = CLASSES) -> tuple[gl.Network, Any, gl.Batch]:
     """The network, parameters under which every layer fires on 3 to 20 % of steps, and a batch of spike trains.
 
     Raises:
         RuntimeError: no such parameters were found.
     """
-    modules = [m for _, units in layer_sizes(width, outputs) for m in (nn.Dense(units), gl.LIF(beta=0.9))]
-    net = gl.connect(modules)
+    net = network(width, outputs)
     inputs = (jax.random.uniform(jax.random.key(0), (steps, batch, width)) < 0.1).astype(jnp.float32)
     params = net.init(jax.random.key(1), inputs)
     data = gl.Batch(inputs, jax.nn.one_hot(jnp.arange(batch) % outputs, outputs))
@@ -73,10 +80,11 @@ def gradient_of(net: gl.Network, rule: rules.Rule) -> Any:
     return jax.jit(lambda p, b: gl.gradients(net, p, b, LOSS, [rule], jax.random.key(3)))
 
 
-def functions(net: gl.Network) -> dict[str, Any]:
-    """Every program, to be compiled for (parameters, batch)."""
+def functions(net: gl.Network, sparse: gl.Network) -> dict[str, Any]:
+    """Every program, to be compiled for (parameters, batch); `sparse` is the network with sparse products."""
     return {
         "tape": gradient_of(net, rules.BPTT()),
+        "tape, sparse": gradient_of(sparse, rules.BPTT()),
         "autodiff": gradient_of(net, rules.BPTT(form="autodiff")),
         "OSTL": gradient_of(net, rules.OSTL()),
         "scan": jax.jit(jax.grad(lambda p, b: scan_loss(net, p, b))),
@@ -92,11 +100,12 @@ def run(options: Options) -> list[Row]:
 def measure(width: int, steps: int, batch: int, options: Options) -> list[Row]:
     """The rows of one width."""
     net, params, data = case(width, steps, batch)
-    compiled = {name: f.lower(params, data).compile() for name, f in functions(net).items()}
+    sparse = network(width, dot_general=SparseProducts())
+    compiled = {name: f.lower(params, data).compile() for name, f in functions(net, sparse).items()}
     actions = {"floor": common.floor(layer_sizes(width), steps * batch)}
     actions |= {name: (lambda c=program: c(params, data)) for name, program in compiled.items()}
     if len(jax.devices()) > 1:
-        spread, function = gl.shard(data), functions(net)["tape"]
+        spread, function = gl.shard(data), gradient_of(net, rules.BPTT())
         compiled["tape, spread"] = function.lower(params, spread).compile()
         actions["tape, spread"] = lambda: function(params, spread)
     times = common.interleaved(actions, options.rounds_or(15 if width < 1024 else 7))

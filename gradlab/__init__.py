@@ -13,6 +13,7 @@ from gradlab.losses import Accumulated, Accuracy, Batch, PerStep, spike_count_ac
 from gradlab.network import Network, connect
 from gradlab.neurons import ALIF, IF, LI, LIF, CurrentLIF, LeakyRate, Neuron
 from gradlab.sharding import Sharded, shard
+from gradlab.sparse_products import SparseProducts
 from gradlab.spike_products import SpikeProducts
 from gradlab.surrogates import Arctan, FastSigmoid, MultiGaussian, Sigmoid, Surrogate, Triangular
 from gradlab.tape import Tape, record
@@ -63,6 +64,7 @@ __all__ = [
     "Run",
     "Sharded",
     "Sigmoid",
+    "SparseProducts",
     "SpikeProducts",
     "Surrogate",
     "Tape",

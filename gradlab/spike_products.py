@@ -15,9 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-FORWARD = (((1,), (0,)), ((), ()))
-TO_INPUTS = (((1,), (1,)), ((), ()))
-TO_WEIGHTS = (((0,), (0,)), ((), ()))
+from gradlab.linear import FORWARD, TO_INPUTS, TO_WEIGHTS, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +115,7 @@ _product.defjvp(_product_jvp, symbolic_zeros=True)
 
 def _of_weights(how: SpikeProducts, x: Array, moved: Array) -> Array:
     """x times a change of the weights; transposed, (3)."""
-    return _linear(
+    return linear(
         lambda w: lax.dot_general(x, w, FORWARD, precision="highest"),
         lambda w: _split_product(how.parts, x, w, FORWARD, how.exact_inputs),
         lambda delta: _split_product(how.parts, x, delta, TO_WEIGHTS, how.exact_inputs),
@@ -128,38 +126,13 @@ def _of_weights(how: SpikeProducts, x: Array, moved: Array) -> Array:
 
 def _of_inputs(how: SpikeProducts, weights: Array, moved: Array) -> Array:
     """A change of the inputs, which is no spike, times the weights; transposed, (4)."""
-    return _linear(
+    return linear(
         lambda x: lax.dot_general(x, weights, FORWARD, precision="highest"),
         lambda x: _split_product(how.parts, x, weights, FORWARD, False),
         lambda delta: _split_product(how.parts, delta, weights, TO_INPUTS, False),
         moved,
         (moved.shape[0], weights.shape[1]),
     )
-
-
-def _linear(exact: Any, forward: Any, transposed: Any, x: Array, shape: tuple[int, int]) -> Array:
-    """`forward(x)` as a linear function of x whose transpose is `transposed`.
-
-    Rounding hides from JAX that the split products are linear, and that they are each other's transposes. Its one
-    function that is told so, and knows forward mode, reverse mode and `vmap`, solves linear equations: these,
-
-    (1) u = x,   v - exact(u) = 0
-
-    have the solution v = exact(x), found by putting the first line into the second.
-    """
-    # Each side must depend on x and be depended on: an empty corner of x padded with zeros does, at no cost.
-    u, v = lax.custom_linear_solve(
-        lambda unknown: (unknown[0], unknown[1] - exact(unknown[0])),
-        (x, _nothing_of(x, shape)),
-        solve=lambda _, right: (right[0], right[1] + forward(right[0])),
-        transpose_solve=lambda _, right: (right[0] + transposed(right[1]), right[1]),
-    )
-    return v + _nothing_of(u, shape)
-
-
-def _nothing_of(x: Array, shape: tuple[int, int]) -> Array:
-    """Zeros that JAX takes for a function of x."""
-    return lax.pad(x[:0, :0], jnp.zeros((), x.dtype), [(0, size, 0) for size in shape])
 
 
 def _split_product(parts: int, left: Array, right: Array, axes: Any, exact: bool) -> Array:
