@@ -7,7 +7,8 @@ the matrix products alone (`common.floor`).
 Programs: `tape`, BPTT as gradlab computes it; `tape, sparse`, the same with `SparseProducts`, which adds up the weights
 that spikes select and so may stay below the floor; `autodiff`, `jax.grad` of gradlab's forward pass; `scan`, `jax.grad`
 of a plain scan over time steps, as most libraries do it; `OSTL`, a local rule on the same tape; with `--devices 2` also
-`tape, spread`, the same BPTT on a batch that `gl.shard` spreads over so many devices (on a CPU, parts of it).
+`tape, spread`, the same BPTT on a batch that `gl.shard` spreads over so many devices (on a CPU, parts of it);
+where JAX sees several devices the other programs are up to a tenth slower than on one (`modules.apply_to_steps`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -157,6 +158,10 @@ def refuse_mixing(link: Link, own: Any, key: Array, like: Array) -> None:
         raise ValueError(f"{_where(link)} mixes the samples of a batch: chunked, batched and stepped runs would differ")
 
 
+_OWN = (IF, LIF, LI, ALIF, CurrentLIF)
+"""Gradlab's own neurons, known to be right."""
+
+
 def refuse_mixing_units(neuron: Any, own: Any, key: Array, like: Array) -> None:
     """Refuse a `Neuron` whose units see each other: every local Jacobian would be wrong. `like` is [1, units...]."""
     if not isinstance(neuron, Neuron) or like.size < 2 or _is_elementwise(neuron):
@@ -182,10 +187,46 @@ def refuse_mixing_units(neuron: Any, own: Any, key: Array, like: Array) -> None:
         )
 
 
+def refuse_wrong_point(neuron: Any, own: Any, key: Array, like: Array) -> None:
+    """Refuse a `Neuron` of one's own that steps otherwise at its operating point: its gradients would be wrong.
+
+    `like` is [samples, units...]; what is compared are the step and its derivative along a random direction.
+    """
+    if not isinstance(neuron, Neuron) or type(neuron) in _OWN or jax.tree.leaves(own) or not neuron.has_point:
+        return
+    keys = iter(jax.random.split(key, 2 + 2 * len(neuron.states)))
+
+    def drawn() -> tuple[tuple[Array, ...], Array]:
+        values = [jax.random.normal(next(keys), like.shape, like.dtype) for _ in range(1 + len(neuron.states))]
+        return tuple(values[1:]), values[0]
+
+    at, along = drawn(), drawn()
+    point = neuron.point(*at)
+    for variant in _variants(neuron) if point else ():
+        step = jax.jit(partial(jax.jvp, partial(variant.apply, {"params": own})))
+        pairs = zip(jax.tree.leaves(step(at, along)), jax.tree.leaves(step(neuron.at_point(point), along)), strict=True)
+        if any(jnp.max(jnp.abs(a - b)) > 1e-3 * (1 + jnp.max(jnp.abs(a))) for a, b in pairs):
+            raise ValueError(
+                f"{describe(neuron)} steps otherwise at its operating point than where the point was taken: let its "
+                "point() and at_point() follow its __call__, or let point() return ()"
+            )
+
+
+def _variants(neuron: Neuron) -> list[Neuron]:
+    """The neuron, and itself with each path cut that it says how to cut."""
+    found = [neuron]
+    for path in ("reset", "adaptation", "spike"):
+        try:
+            found.append(neuron.cut(path))
+        except NotImplementedError:
+            continue
+    return found
+
+
 def _is_elementwise(neuron: Neuron) -> bool:
     """True for gradlab's own neurons with its own spikes: known to be elementwise, so that trying it can be spared."""
     spike = getattr(neuron, "surrogate", None)
-    return type(neuron) in (IF, LIF, LI, ALIF, CurrentLIF) and (spike is None or type(spike) in SURROGATES)
+    return type(neuron) in _OWN and (spike is None or type(spike) in SURROGATES)
 
 
 def freeze(value: Any) -> Any:

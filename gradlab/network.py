@@ -27,6 +27,7 @@ from gradlab.modules import (
     refuse_mixing,
     refuse_mixing_units,
     refuse_part,
+    refuse_wrong_point,
     rest,
 )
 from gradlab.neurons import Neuron
@@ -81,7 +82,8 @@ class Network:
 
         Raises:
             ValueError: inputs of too few axes, not of a floating type, a connection that mixes samples, needs
-                randomness, or keeps variables other than parameters.
+                randomness, or keeps variables other than parameters; a neuron that mixes units, or whose operating
+                point is not its own.
         """
         require_sequence(inputs)
         inputs = jnp.asarray(inputs)
@@ -96,6 +98,7 @@ class Network:
             for layer, neuron in enumerate(self.neurons):
                 own = params[f"layer_{layer}"].get("neuron", {})
                 refuse_mixing_units(neuron, own, key, jnp.zeros((1, *sizes[layer]), x.dtype))
+                refuse_wrong_point(neuron, own, key, jnp.zeros((8, *sizes[layer]), x.dtype))
         return params
 
     def unit_shapes(self, params: Params, inputs: Array | jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], ...]:
@@ -127,7 +130,7 @@ class Network:
         return NetworkState(tuple(states), tuple(z if self.delays(i) else None for i, z in enumerate(zeros)))
 
     def current(self, params: Params, link: Link, x: Array, lead: int) -> Array:
-        """The current that a link delivers; the `lead` leading axes of x are folded into one batch axis."""
+        """The current that a link delivers; the `lead` leading axes of x together are its batch."""
         return apply_to_steps(link, self._bound(params, link), x, lead)
 
     def weight_cotangent(self, params: Params, link: Link, x: Array, delta: Array, lead: int) -> Any | None:
@@ -156,9 +159,10 @@ class Network:
         """The layer's operating point in fewer arrays than (carry, current), or (); `Neuron.point`."""
         neuron = self.neurons[layer]
         # The gradient of trained constants needs the state and the current themselves.
-        if not isinstance(neuron, Neuron) or "neuron" in params[f"layer_{layer}"] or not _has_own_point(type(neuron)):
+        if not isinstance(neuron, Neuron) or "neuron" in params[f"layer_{layer}"] or not neuron.has_point:
             return ()
-        return neuron.point(carry, current)
+        same = all(leaf.dtype == current.dtype for leaf in jax.tree.leaves(carry))
+        return neuron.point(carry, current) if same else ()  # of mixed types a point would have one of them
 
     def step(
         self, params: Params, state: NetworkState, x: Array
@@ -280,13 +284,6 @@ _jitted_fresh = jax.jit(fresh, static_argnums=0)
 
 
 _jitted_outputs = jax.jit(Network._outputs_of_step, static_argnums=0)
-
-
-def _has_own_point(neuron: type[Neuron]) -> bool:
-    """False when a class changed the step that it inherited, but not the operating point, which is another's then."""
-    order = neuron.__mro__
-    step, point = (next(k for k, cls in enumerate(order) if name in vars(cls)) for name in ("__call__", "point"))
-    return point <= step
 
 
 def _sum(arrays: Sequence[Array]) -> Array:

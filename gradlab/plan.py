@@ -71,6 +71,12 @@ def chunk_size(n_steps: int, step_bytes: int) -> int:
     return next(sizes, min(4 * most // 5, n_steps // 3))
 
 
+def chunk_for(net: Network, params: Params, inputs: Array) -> int:
+    """`chunk_size` of a network's forward pass on inputs [time, batch, features...]."""
+    widest = max(math.prod(shape) for shape in net.unit_shapes(params, inputs))
+    return chunk_size(inputs.shape[0], widest * inputs.shape[1] * inputs.dtype.itemsize)
+
+
 def chunk_of(layers: Sequence[LayerRecord]) -> int:
     """`chunk_size` for a sequence that was recorded."""
     outputs = [layer.output for layer in layers]
@@ -129,9 +135,7 @@ def run_marked(
     def chunk(carry: NetworkState, x: Array) -> tuple[NetworkState, tuple[LayerRecord, ...]]:
         return _run_chunk(net, params, carry, x)
 
-    units = net.unit_shapes(params, inputs)
-    widest = max(math.prod(shape) for shape in units) * inputs.shape[1] * inputs.dtype.itemsize
-    return scan_chunks_marked(chunk, state, inputs, chunk_size(inputs.shape[0], widest))
+    return scan_chunks_marked(chunk, state, inputs, chunk_for(net, params, inputs))
 
 
 def outputs(net: Network, params: Params, inputs: Array) -> Array:

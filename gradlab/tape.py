@@ -22,7 +22,7 @@ class Slices(NamedTuple):
 
     Attributes:
         inputs: x, [time, batch, features...].
-        layers: per layer the state h_{t-1}, the current I_t and the output s_t.
+        layers: per layer the state h_{t-1}, the current I_t, the output s_t and the operating point (`LayerRecord`).
         delayed: per layer s_{t-1} where a delayed link reads it, else None.
         error: d loss / d s_t at the output layer, the loss's scale included.
         target, weight: what `PerStep.error_at` needs to put the loss elsewhere; weight is w_tb of `Loss.weights`.
@@ -63,11 +63,11 @@ class Part(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["slices", "batch", "end", "chunk_starts", "part"],
-    meta_fields=["loss"],
+    meta_fields=["loss", "chunk"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tape:
-    """One forward pass of a network on a batch. Rules read it and never run the network again.
+    """One forward pass of a network on a batch. Rules read it; only BPTT with a limited memory runs parts of it again.
 
     Attributes:
         slices: everything recorded, time-major.
@@ -75,6 +75,7 @@ class Tape:
         loss: the loss whose gradient is asked for.
         end: the state after the last step.
         chunk_starts: the state before each chunk of steps of the execution plan, [chunks, ...].
+        chunk: steps per chunk.
         part: None when the tape holds a whole sequence from rest, else where its window lies in the sequence.
     """
 
@@ -83,6 +84,7 @@ class Tape:
     loss: Loss
     end: NetworkState
     chunk_starts: NetworkState
+    chunk: int
     part: Part | None = None
 
     @property
@@ -129,7 +131,7 @@ def record(net: Network, params: Params, batch: Batch, loss: Loss, part: Part | 
         target=loss.step_targets(batch.targets, n_steps),
         weight=loss.weights(batch.mask, n_steps, size, output.dtype),
     )
-    return Tape(slices, batch, loss, end, chunk_starts, part)
+    return Tape(slices, batch, loss, end, chunk_starts, plan.chunk_for(net, params, batch.inputs), part)
 
 
 def delayed_outputs(start: NetworkState, layers: Sequence[LayerRecord]) -> tuple[Array | None, ...]:

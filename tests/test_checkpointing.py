@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import gradlab as gl
+from gradlab import plan
 from gradlab.engine import shapes_of
 from gradlab.rules import BPTT, checkpointing
 from gradlab.rules.checkpointing import Schedule
@@ -54,6 +55,38 @@ def test_every_schedule_gives_the_gradient(x64, kind):
     for gradient in found:
         close(gradient, whole, 1e-12)
     assert differ(wrong, whole)  # a segment that begins in another state is seen
+
+
+class Narrow(gl.LIF):
+    """A neuron whose output takes half the bytes of its input."""
+
+    @nn.compact
+    def __call__(self, carry, inputs):
+        state, s = super().__call__(carry, inputs)
+        return state, s.astype(jnp.float32)
+
+
+def test_a_tape_in_other_chunks_than_its_outputs_suggest(x64):
+    # 20 samples of 300 units: 21 steps fit a chunk at 8 bytes, 25 at 4.
+    x = trains((200, 20, 5), dtype=jnp.float64)
+    net = gl.connect([nn.Dense(300), Narrow(beta=0.8, threshold=0.3), nn.Dense(3), gl.LI()])
+    params = net.init(jax.random.key(0), x)
+    batch = gl.Batch(x, jax.nn.one_hot(jnp.arange(20) % 3, 3, dtype=x.dtype))
+    shapes = shapes_of(net, params, batch, LOSS)
+    chosen = BPTT(memory=10**7).schedule(shapes)
+    assert (chosen.runs_again, chosen.segments) == (1, (20,))
+
+    @jax.jit
+    def run(params):
+        tape = record(net, params, batch, LOSS)
+        assert tape.chunk == 20 and plan.chunk_of(tape.slices.layers) == 25
+        odd = Schedule(0, 1, (25,))  # a schedule of other chunks than the tape's
+        whole = BPTT().gradient(net, params, tape, (), jax.random.key(0)).grad
+        return whole, [checkpointing.backward(net, params, tape, c) for c in (chosen, odd)]
+
+    whole, found = run(params)
+    for gradient in found:
+        close(gradient, whole, 1e-5)
 
 
 def test_the_budget_chooses_the_cheapest_schedule_that_fits(x64):

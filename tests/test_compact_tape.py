@@ -85,6 +85,58 @@ def test_a_neuron_that_changes_the_step_does_not_inherit_the_point(x64):
     assert [len(point) for point in found] == [0, 1]
 
 
+class Halved(gl.LIF):
+    """Step and point of one's own, at_point inherited."""
+
+    @nn.compact
+    def __call__(self, carry, inputs):
+        return super().__call__(carry, 0.5 * inputs)
+
+    def point(self, carry, inputs):
+        return super().point(carry, 0.5 * inputs)
+
+
+class Minded(gl.LIF):
+    """All three of one's own."""
+
+    @nn.compact
+    def __call__(self, carry, inputs):
+        return super().__call__(carry, 0.5 * inputs)
+
+    def point(self, carry, inputs):
+        return super().point(carry, 0.5 * inputs)
+
+    def at_point(self, point):
+        carry, v = super().at_point(point)
+        return carry, 2.0 * v
+
+
+class Forgetful(Minded):
+    """The same, but the way back forgets that inputs are halved."""
+
+    @nn.compact
+    def __call__(self, carry, inputs):
+        return gl.LIF.__call__(self, carry, 0.5 * inputs)
+
+    def point(self, carry, inputs):
+        return gl.LIF.point(self, carry, 0.5 * inputs)
+
+    def at_point(self, point):
+        return gl.LIF.at_point(self, point)
+
+
+def test_a_point_without_its_own_way_back_is_not_used():
+    neurons = (gl.LIF(), Doubled(), Halved(), Minded(), gl.LeakyRate())
+    assert [neuron.has_point for neuron in neurons] == [True, False, False, True, False]
+
+
+def test_a_wrong_point_is_refused_when_the_network_begins():
+    x = jnp.zeros((3, 2, 5))
+    gl.connect([nn.Dense(4), Minded()]).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="steps otherwise at its operating point"):
+        gl.connect([nn.Dense(4), Forgetful()]).init(jax.random.key(0), x)
+
+
 _MEMORY = """
 import jax, jax.numpy as jnp, flax.linen as nn, optax
 import gradlab as gl

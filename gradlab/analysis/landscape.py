@@ -183,8 +183,9 @@ def surface(
         a, b: coordinates along the two directions, one axis each.
         batch_size: how many points are evaluated at once (by vmap). None: as many as fit the processor's cache, or on
             an accelerator its memory. Memory does not grow with the number of points.
-            The first layer's currents are computed once for all points where that is exact
-            (`gradlab.analysis.linear_currents`); other functions are evaluated point by point on a CPU.
+            The first layer's currents are computed once for all points where they are linear in the coordinates
+            (`gradlab.analysis.linear_currents`; equal up to rounding, so that a membrane just at its threshold may
+            spike otherwise); other functions are evaluated point by point on a CPU.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.ndim != 1 or b.ndim != 1 or not a.size or not b.size:

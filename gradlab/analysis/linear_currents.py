@@ -226,7 +226,7 @@ def _sizes(loss: NetworkLoss, origin: Params, points: int, batch_size: int | Non
     """How many points run together, few on a CPU, on an accelerator what its memory holds; and how many in a block."""
     n_steps, size = loss.batch.inputs.shape[:2]
     if batch_size is not None:
-        together = batch_size
+        together = min(batch_size, points)
     elif jax.default_backend() == "cpu":
         together = 1 if _is_small(loss, origin) else min(TOGETHER, -(-points // BLOCKS))
     else:

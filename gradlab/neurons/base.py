@@ -43,7 +43,8 @@ class Neuron(nn.RNNCellBase):
 
     Unit i sees only its own state and its own current; the state is a tuple of k arrays of the current's shape. A new
     neuron writes `__call__`, `states` (the names of its k state variables) and, where the rules that need it shall
-    work, `subthreshold` and `cut`. Because it is a Flax `RNNCellBase`, `nn.RNN(neuron)` works as it is.
+    work, `subthreshold` and `cut`; `point` and
+    `at_point` together save memory and time. Because it is a Flax `RNNCellBase`, `nn.RNN(neuron)` works as it is.
     """
 
     @property
@@ -77,6 +78,15 @@ class Neuron(nn.RNNCellBase):
         A LIF's step depends on v = beta u + I alone, so that a recording of v is enough to linearise it again.
         """
         return ()
+
+    @property
+    def has_point(self) -> bool:
+        """True for a class with an operating point of its own: one that changes the step that it inherited must write
+        `point` and `at_point` anew, or has none.
+        """
+        names = ("__call__", "point", "at_point")
+        step, *points = (next(k for k, cls in enumerate(type(self).__mro__) if name in vars(cls)) for name in names)
+        return type(self).point is not Neuron.point and max(points) <= step
 
     def at_point(self, point: tuple[Array, ...]) -> tuple[Any, Array]:
         """A (carry, inputs) at which the step, and its derivatives, are those of the `point`."""

@@ -34,7 +34,8 @@ class Schedule:
     (3) is the binomial schedule with equal parts on every level; with one level its least memory is 2 sqrt(T R S).
 
     Attributes:
-        kept_bytes: predicted bytes of the forward pass that are kept at once, inputs and errors not counted.
+        kept_bytes: predicted bytes of the forward pass that are kept at once. Not counted: inputs and errors, and with
+            (3) a copy of each; and the working memory of one chunk, a few arrays of its currents' size.
         runs_again: how many times the forward pass is run in addition to the first.
         segments: steps per segment, from the outermost to the innermost level; () for (1).
     """
@@ -57,7 +58,7 @@ def least_bytes(shapes: Shapes) -> int:
 def _schedules(shapes: Shapes) -> list[Schedule]:
     """Schedules in the order of their cost; of each depth (3) that with the longest innermost segments first."""
     n_steps, record, state = shapes.n_steps, record_bytes(shapes), state_bytes(shapes)
-    chunk = plan.chunk_size(n_steps, max(_bytes(layer.output) for layer in shapes.slices.layers))
+    chunk = plan.chunk_size(n_steps, max(map(math.prod, shapes.units)) * shapes.batch_size * shapes.dtype.itemsize)
     found = [Schedule(n_steps * record, 0)]
     if chunk < n_steps:
         found.append(Schedule(-(-n_steps // chunk) * state + chunk * record, 1, (chunk,)))
@@ -121,9 +122,10 @@ def backward(net: Network, params: Params, tape: Tape, chosen: Schedule) -> Para
     states; what else it recorded is then never kept.
     """
     rows, cotangent = (tape.slices.inputs, tape.slices.error), jax.tree.map(jnp.zeros_like, tape.end)
-    first = jax.tree.map(lambda leaf: leaf[0], tape.chunk_starts)
-    if chosen.runs_again == 1:
+    if chosen.runs_again == 1 and chosen.segments == (tape.chunk,):
         return _over(net, params, rows, tape.chunk_starts, cotangent, chosen.segments)[0]
+    # Not the first of the chunks' states: reading one would keep them all.
+    first = net.initial_state(params, tape.slices.inputs) if tape.part is None else tape.part.start
     return _segmented(net, params, rows, first, cotangent, chosen.segments)[0]
 
 

@@ -191,7 +191,7 @@ def _broadcast_pattern(shape: tuple[int, ...], units: tuple[int, ...]) -> Array:
 def _cell_patterns(net: Network, params: Params, shapes: Shapes, layer: int) -> tuple[Array, Array, Any]:
     """`_unit_patterns` of a cell whose units see each other, from its Jacobian at random weights, states, currents."""
     key, name = jax.random.key(0), f"layer_{layer}"
-    record = shapes.slices.layers[layer]
+    record = shapes.slices.layers[layer]._replace(point=())
     size = int(np.prod(record.output.shape[1:]))
     own = _random(jax.random.fold_in(key, 0), params[name].get("neuron", {}))
     drawn = {**params, name: {**params[name], "neuron": own}}
