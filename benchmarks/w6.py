@@ -106,8 +106,10 @@ def run(options: Options) -> list[Row]:
             name: common.fresh("benchmarks.w6", name, *map(str, (width, steps, batch)), environment=environment)
             for name in programs
         }
+        base = found["BPTT"]["added_MB"]
         for name, memory in found.items():
-            over = memory["added_MB"] and memory["added_MB"] / found["BPTT"]["added_MB"]
+            # Toy sizes may fit into what the process has; then there is nothing to compare with.
+            over = memory["added_MB"] / base if base and memory["added_MB"] is not None else None
             rows.append({"width": width, "steps": steps, "program": name, **memory, "over_bptt": over})
         for name, megabytes in predicted(width, steps, batch).items():
             rows.append({"width": width, "steps": steps, "program": name, "predicted_MB": megabytes})
