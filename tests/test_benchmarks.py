@@ -39,7 +39,9 @@ ABOUT = {
 }
 
 
-@pytest.mark.parametrize("name", list(ABOUT))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ("w4", "w5") else name for name in ABOUT]
+)
 def test_every_workload_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -38,7 +38,9 @@ NETWORKS = {
 SCHEDULES = [Schedule(0, 1, (17,)), Schedule(0, 2, (20,)), Schedule(0, 3, (30, 7)), Schedule(0, 4, (30, 10, 3))]
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize(
+    "kind", ["feedback and skip", "trained constants", pytest.param("feedforward", marks=pytest.mark.slow)]
+)
 def test_every_schedule_gives_the_gradient(x64, kind):
     net = NETWORKS[kind]()
     params, batch = setting(net, 53)  # 17 steps a chunk, and 2 left over

@@ -53,6 +53,9 @@ except ValueError as error:
 """
 
 
+pytestmark = pytest.mark.xdist_group("sharding")  # the process is started once
+
+
 @pytest.fixture(scope="module")
 def found():
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
