@@ -34,8 +34,9 @@ class Schedule:
     (3) is the binomial schedule with equal parts on every level; with one level its least memory is 2 sqrt(T R S).
 
     Attributes:
-        kept_bytes: predicted bytes of the forward pass that are kept at once. Not counted: inputs and errors, and with
-            (3) a copy of each; and the working memory of one chunk, a few arrays of its currents' size.
+        kept_bytes: predicted bytes of the forward pass that are kept at once. Not counted: inputs, outputs and errors,
+            the working memory of one chunk, and with (3) the inputs of one segment. So (3) helps where states are wide
+            and inputs narrow; where inputs are as wide as layers, (2) may need less.
         runs_again: how many times the forward pass is run in addition to the first.
         segments: steps per segment, from the outermost to the innermost level; () for (1).
     """
@@ -141,11 +142,10 @@ def _segmented(
         return sweep(net, params, slices, cotangent)
     n_segments = inputs.shape[0] // segments[0]
 
-    def ahead(state: NetworkState, x: Array) -> tuple[NetworkState, NetworkState]:
-        return plan.run(net, params, x, state)[0], state
+    def ahead(state: NetworkState, number: Array) -> tuple[NetworkState, NetworkState]:
+        return plan.run(net, params, _part(inputs, number, segments[0]), state)[0], state
 
-    whole = inputs[: n_segments * segments[0]].reshape(n_segments, segments[0], *inputs.shape[1:])
-    last, starts = jax.lax.scan(ahead, start, whole)
+    last, starts = jax.lax.scan(ahead, start, jnp.arange(n_segments))
     if n_segments * segments[0] < inputs.shape[0]:
         starts = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), starts, last)
     return _over(net, params, rows, starts, cotangent, segments)
@@ -160,15 +160,21 @@ def _over(
 
     def segment(carry: Any, now: Any) -> tuple[Any, None]:
         grads, held = carry
-        start, part = now
+        start, number = now
+        part = jax.tree.map(lambda leaf: _part(leaf, number, size), rows)
         update, held = _segmented(net, params, part, start, held, segments[1:])
         return (jax.tree.map(jnp.add, grads, update), held), None
 
     carry = (jax.tree.map(jnp.zeros_like, params), cotangent)
     if n_whole * size < n_steps:
         tail = jax.tree.map(lambda leaf: leaf[n_whole * size :], rows)
-        carry, _ = segment(carry, (jax.tree.map(lambda leaf: leaf[n_whole], starts), tail))
-    whole = jax.tree.map(lambda leaf: leaf[: n_whole * size].reshape(n_whole, size, *leaf.shape[1:]), rows)
+        last = jax.tree.map(lambda leaf: leaf[n_whole], starts)
+        carry = _segmented(net, params, tail, last, cotangent, segments[1:])
     firsts = jax.tree.map(lambda leaf: leaf[:n_whole], starts)
-    carry, _ = jax.lax.scan(segment, carry, (firsts, whole), reverse=True)
+    carry, _ = jax.lax.scan(segment, carry, (firsts, jnp.arange(n_whole)), reverse=True)
     return carry
+
+
+def _part(values: Array, number: Array, size: int) -> Array:
+    """A segment of a sequence, taken when it is needed: cut up beforehand, the whole sequence would be copied."""
+    return jax.lax.dynamic_slice_in_dim(values, number * size, size)
