@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 FORWARD = (((1,), (0,)), ((), ()))
 TO_INPUTS = (((1,), (1,)), ((), ()))
 TO_WEIGHTS = (((0,), (0,)), ((), ()))
+
+
+def is_dense_layer(lhs: Array, rhs: Array, dimension_numbers: Any) -> bool:
+    """True for the product of a Dense layer: inputs [..., features] and weights [features, units]."""
+    (contracted, batched) = jax.tree.map(int, dimension_numbers)
+    dense = ((lhs.ndim - 1,), (0,)), ((), ())
+    return rhs.ndim == 2 and (tuple(map(tuple, contracted)), tuple(map(tuple, batched))) == dense
 
 
 def linear(exact: Any, forward: Any, transposed: Any, x: Array, shape: tuple[int, int]) -> Array:

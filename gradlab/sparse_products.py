@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from gradlab.linear import FORWARD, TO_WEIGHTS, linear
+from gradlab.linear import FORWARD, TO_WEIGHTS, is_dense_layer, linear
 from gradlab.native import build
 
 WORD = 64  # bits that the kernel takes at once
@@ -72,16 +72,10 @@ class SparseProducts:
         plain = precision is None and all(
             dtype == jnp.float32 for dtype in (lhs.dtype, rhs.dtype, preferred_element_type or jnp.float32)
         )
-        if not (plain and _is_dense_layer(lhs, rhs, dimension_numbers) and _pays(lhs, rhs) and build.targets()):
+        if not (plain and is_dense_layer(lhs, rhs, dimension_numbers) and _pays(lhs, rhs) and build.targets()):
             return lax.dot_general(lhs, rhs, dimension_numbers, precision, preferred_element_type)
         product = _product(self.densest, _threads(), lhs.reshape(-1, lhs.shape[-1]), rhs)
         return product.reshape(*lhs.shape[:-1], rhs.shape[1])
-
-
-def _is_dense_layer(lhs: Array, rhs: Array, dimension_numbers: Any) -> bool:
-    (contracted, batched) = jax.tree.map(int, dimension_numbers)
-    dense = ((lhs.ndim - 1,), (0,)), ((), ())
-    return rhs.ndim == 2 and (tuple(map(tuple, contracted)), tuple(map(tuple, batched))) == dense
 
 
 def _pays(lhs: Array, rhs: Array) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from gradlab.linear import FORWARD, TO_INPUTS, TO_WEIGHTS, linear
+from gradlab.linear import FORWARD, TO_INPUTS, TO_WEIGHTS, is_dense_layer, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,7 @@ class SpikeProducts:
         return product.reshape(*lhs.shape[:-1], rhs.shape[1])
 
     def _check(self, lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any, element: Any) -> None:
-        (contracted, batched) = jax.tree.map(int, dimension_numbers)
-        dense = ((lhs.ndim - 1,), (0,)), ((), ())
-        if rhs.ndim != 2 or (tuple(map(tuple, contracted)), tuple(map(tuple, batched))) != dense:
+        if not is_dense_layer(lhs, rhs, dimension_numbers):
             raise ValueError(
                 f"SpikeProducts multiplies inputs [..., features] and weights [features, units], not {lhs.shape} and "
                 f"{rhs.shape} over {dimension_numbers}: use it in nn.Dense"

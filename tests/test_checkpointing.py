@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import close, differ, living, stack, trains
 
 import gradlab as gl
 from gradlab import plan
@@ -17,7 +18,6 @@ from gradlab.engine import shapes_of
 from gradlab.rules import BPTT, checkpointing
 from gradlab.rules.checkpointing import Schedule
 from gradlab.tape import record
-from tests.helpers import close, differ, living, stack, trains
 
 LOSS = gl.PerStep(optax.softmax_cross_entropy)
 

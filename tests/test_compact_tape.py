@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import close, differ, living, trains
 
 import gradlab as gl
 from gradlab.plan import LayerRecord
 from gradlab.tape import jacobians, record, replayed
-from tests.helpers import close, differ, living, trains
 
 NEURONS = [
     gl.LIF(beta=0.8),
